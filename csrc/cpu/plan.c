@@ -1,0 +1,118 @@
+/* plan.c -- how a problem is cut into tasks, and the calls that run them.                         */
+
+#include <string.h>
+
+#include "table.h"
+
+enum {
+  NARROW_CLASSES = 32,       /* rows this short: a lane is a row                                    */
+  TASK_ELEMENTS = 1 << 16,   /* enough to pay for handing a task to a thread                        */
+  SPLIT_CLASSES = 1 << 15,   /* rows this long are cut when there are few of them                   */
+  SPLIT_ROWS = 64,
+  SPLIT_COLUMNS = 1 << 14
+};
+
+static int forced_regime = -1; /* tests only                                                       */
+static const char *const regime_names[WCE_REGIME_COUNT] = {"tile", "rows", "split"};
+
+int wce_cpu_regime_force(const char *name) {
+  int found = name == NULL || strcmp(name, "auto") == 0 ? -1 : WCE_REGIME_COUNT;
+  for (int i = 0; found == WCE_REGIME_COUNT && i < WCE_REGIME_COUNT; i++)
+    if (strcmp(name, regime_names[i]) == 0) found = i;
+  if (found == WCE_REGIME_COUNT) return -1;
+  forced_regime = found;
+  return 0;
+}
+
+/* | classes contiguous | classes    | rows  | regime |
+ * | no                 | any        | any   | tile   |
+ * | yes                | <= 32      | any   | tile   |
+ * | yes                | 33 ..      | any   | rows   |
+ * | yes                | >= 32768   | <= 64 | split  |   (index targets: the sum of a soft target's
+ *                                                        coefficients belongs to the whole row)    */
+static wce_regime choose(const wce_problem *p, int64_t rows) {
+  if (p->logits.stride_class != 1 && p->classes > 1) return WCE_TILE;
+  if (forced_regime == WCE_SPLIT && p->prob.data) return WCE_ROWS;
+  if (forced_regime >= 0) return (wce_regime)forced_regime;
+  if (p->classes <= NARROW_CLASSES) return WCE_TILE;
+  if (p->classes >= SPLIT_CLASSES && rows <= SPLIT_ROWS && !p->prob.data) return WCE_SPLIT;
+  return WCE_ROWS;
+}
+
+static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+static int64_t at_least(int64_t a, int64_t b) { return a > b ? a : b; }
+
+wce_plan wce_cpu_plan(const wce_problem *p) {
+  wce_plan plan = {0};
+  int64_t rows = p->outer * p->inner;
+  plan.regime = choose(p, rows);
+  plan.rows_per_task = at_least(1, TASK_ELEMENTS / at_least(1, p->classes));
+  plan.columns_per_task = at_least(1, p->classes);
+  if (plan.regime == WCE_TILE) /* whole tiles */
+    plan.rows_per_task = ceil_div(plan.rows_per_task, WCE_TILE_ROWS) * WCE_TILE_ROWS;
+  if (plan.regime == WCE_SPLIT) {
+    plan.rows_per_task = 1;
+    plan.columns_per_task = forced_regime == WCE_SPLIT && p->classes < 4 * SPLIT_COLUMNS
+                                ? at_least(1, ceil_div(p->classes, 3)) /* small tests have pieces   */
+                                : SPLIT_COLUMNS;
+    plan.pieces = rows * ceil_div(p->classes, plan.columns_per_task);
+  }
+  plan.tasks = ceil_div(rows, plan.rows_per_task) *
+               ceil_div(p->classes, plan.columns_per_task);
+  if (p->classes == 0) plan.tasks = ceil_div(rows, plan.rows_per_task);
+  plan.work_per_task = plan.rows_per_task * plan.columns_per_task;
+  return plan;
+}
+
+typedef struct { int64_t row0, row1, c0, c1; } range;
+
+static range task_range(const wce_plan *plan, const wce_problem *p, int64_t task) {
+  int64_t columns = at_least(1, ceil_div(p->classes, plan->columns_per_task));
+  int64_t rows = p->outer * p->inner;
+  range r;
+  r.row0 = task / columns * plan->rows_per_task;
+  r.row1 = r.row0 + plan->rows_per_task < rows ? r.row0 + plan->rows_per_task : rows;
+  r.c0 = task % columns * plan->columns_per_task;
+  r.c1 = r.c0 + plan->columns_per_task < p->classes ? r.c0 + plan->columns_per_task : p->classes;
+  return r;
+}
+
+static const wce_sums no_sums = {0, 0, 0, -1};
+
+void wce_cpu_forward(const wce_plan *plan, const wce_problem *p, const wce_row_outputs *out,
+                     int64_t task, wce_sums *sums, wce_piece *pieces) {
+  const wce_kernels *kernels = wce_cpu_kernels(p->dtype);
+  range r = task_range(plan, p, task);
+  sums[task] = no_sums;
+  switch (plan->regime) {
+  case WCE_TILE: kernels->tile_forward(p, out, r.row0, r.row1, sums + task); break;
+  case WCE_ROWS: kernels->rows_forward(p, out, r.row0, r.row1, sums + task); break;
+  default: kernels->piece(p, out->entropy != NULL, r.row0, r.c0, r.c1, pieces + task); break;
+  }
+}
+
+wce_sums wce_cpu_finish(const wce_plan *plan, const wce_problem *p, const wce_row_outputs *out,
+                        const wce_sums *sums, const wce_piece *pieces) {
+  wce_sums total = no_sums;
+  if (plan->regime == WCE_SPLIT) {
+    int64_t rows = p->outer * p->inner, per_row = rows ? plan->pieces / rows : 0;
+    for (int64_t row = 0; row < rows; row++)
+      wce_cpu_kernels(p->dtype)->join(p, out, row, pieces + row * per_row, per_row, &total);
+    return total;
+  }
+  for (int64_t t = 0; t < plan->tasks; t++) {
+    total.loss += sums[t].loss;
+    total.weight += sums[t].weight;
+    total.count += sums[t].count;
+    if (total.bad_row < 0) total.bad_row = sums[t].bad_row;
+  }
+  return total;
+}
+
+int64_t wce_cpu_backward(const wce_plan *plan, const wce_problem *p, const wce_row_grads *grads,
+                         int64_t task) {
+  const wce_kernels *kernels = wce_cpu_kernels(p->dtype);
+  range r = task_range(plan, p, task);
+  if (plan->regime == WCE_TILE) return kernels->tile_backward(p, grads, r.row0, r.row1);
+  return kernels->rows_backward(p, grads, r.row0, r.row1, r.c0, r.c1);
+}

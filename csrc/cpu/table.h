@@ -1,0 +1,47 @@
+/* table.h -- what one instruction set exports, and small helpers shared by all of them.           */
+#ifndef WCE_CPU_TABLE_H
+#define WCE_CPU_TABLE_H
+
+#include <math.h>
+#include <stddef.h>
+
+#include "../wce.h"
+
+/* Kernels of one element type. Row ranges are [row0, row1), column ranges [c0, c1).               */
+typedef struct {
+  void (*tile_forward)(const wce_problem *, const wce_row_outputs *, int64_t row0, int64_t row1,
+                       wce_sums *);
+  int64_t (*tile_backward)(const wce_problem *, const wce_row_grads *, int64_t row0, int64_t row1);
+  void (*rows_forward)(const wce_problem *, const wce_row_outputs *, int64_t row0, int64_t row1,
+                       wce_sums *);
+  int64_t (*rows_backward)(const wce_problem *, const wce_row_grads *, int64_t row0, int64_t row1,
+                           int64_t c0, int64_t c1);
+  /* WCE_SPLIT: one piece of one row, then all pieces of one row in column order                   */
+  void (*piece)(const wce_problem *, int want_entropy, int64_t row, int64_t c0, int64_t c1,
+                wce_piece *);
+  void (*join)(const wce_problem *, const wce_row_outputs *, int64_t row, const wce_piece *,
+               int64_t pieces, wce_sums *);
+} wce_kernels;
+
+/* Rows that the loops over rows handle together; tasks of the tile regime are multiples of it.    */
+enum { WCE_TILE_ROWS = 256 };
+
+/* Each instruction set is one symbol: its kernels by element type.                                */
+extern const wce_kernels wce_kernels_base[WCE_DTYPE_COUNT];
+extern const wce_kernels wce_kernels_avx2[WCE_DTYPE_COUNT];
+extern const wce_kernels wce_kernels_avx512[WCE_DTYPE_COUNT];
+
+/* The kernels in use (dispatch.c). */
+const wce_kernels *wce_cpu_kernels(wce_dtype dtype);
+
+static inline int64_t wce_dtype_size(wce_dtype dtype) {
+  return dtype == WCE_F64 ? 8 : dtype == WCE_F32 ? 4 : 2;
+}
+
+/* Address of class 0 of a row. */
+static inline char *wce_row_start(const wce_view *v, wce_dtype dtype, int64_t inner, int64_t row) {
+  int64_t o = inner == 1 ? row : row / inner, i = row - o * inner;
+  return (char *)v->data + (o * v->stride_outer + i * v->stride_inner) * wce_dtype_size(dtype);
+}
+
+#endif

@@ -1,0 +1,73 @@
+/* vec_scalar.h -- the vector vocabulary with one lane: the reference that the others must equal.
+ *
+ * For each acc (f32, f64): type v_<acc>, number of lanes LANES_<acc>, and the words
+ *
+ *   set1 add sub mul fma        fma(a, b, c) = a*b + c
+ *   max(a, b)                   b where either is nan: max(x, acc) leaves nan out of acc
+ *   mulz(a, b)                  0 where a is 0, else a*b (also where b is infinite)
+ *   add_if(v, index, c, y)      v + y in the lanes whose index[lane] == c
+ *   fraction(t)                 t - floor(t); 0 for -inf
+ *   scale(p, t)                 p * 2^floor(t); 0 for t = -inf or p*2^floor(t) far below the range
+ *   first hadd hmax             lane 0, sum of lanes (fixed order), maximum of lanes
+ *   load_<elem>(p)  load_n_<elem>(p, n, fill)  store_<elem>(p, v)  store_n_<elem>(p, v, n)
+ *   stream_<elem>(p, v)         store that bypasses the caches; p aligned to the vector's bytes
+ *   transpose(rows)             rows[i] lane j <-> rows[j] lane i, LANES rows
+ */
+#ifndef WCE_VEC_H
+#define WCE_VEC_H
+
+#include <math.h>
+#include <stdint.h>
+
+#include "../loss_math.h"
+
+#define WCE_INLINE static inline __attribute__((always_inline))
+
+typedef float v_f32;
+typedef double v_f64;
+enum { LANES_f32 = 1, LANES_f64 = 1 };
+typedef int32_t index_f32;
+typedef int64_t index_f64;
+
+#define WCE_SCALAR_WORDS(acc, type, floor_fn, ldexp_fn)                                        \
+  WCE_INLINE type acc##_set1(type a) { return a; }                                             \
+  WCE_INLINE type acc##_add(type a, type b) { return a + b; }                                  \
+  WCE_INLINE type acc##_sub(type a, type b) { return a - b; }                                  \
+  WCE_INLINE type acc##_mul(type a, type b) { return a * b; }                                  \
+  WCE_INLINE type acc##_fma(type a, type b, type c) { return a * b + c; }                      \
+  WCE_INLINE type acc##_max(type a, type b) { return a > b ? a : b; }                          \
+  WCE_INLINE type acc##_mulz(type a, type b) { return a == 0 ? 0 : a * b; }                    \
+  WCE_INLINE type acc##_add_if(type v, const index_##acc *index, int64_t c, type y) {          \
+    return *index == (index_##acc)c ? v + y : v;                                               \
+  }                                                                                            \
+  WCE_INLINE type acc##_fraction(type t) { return t == -INFINITY ? 0 : t - floor_fn(t); }      \
+  WCE_INLINE type acc##_scale(type p, type t) {                                                \
+    return t < -2000 ? 0 : t != t ? t : ldexp_fn(p, (int)floor_fn(t > 2000 ? 2000 : t));       \
+  }                                                                                            \
+  WCE_INLINE type acc##_first(type v) { return v; }                                            \
+  WCE_INLINE type acc##_hadd(type v) { return v; }                                             \
+  WCE_INLINE type acc##_hmax(type v) { return v; }                                             \
+  WCE_INLINE void acc##_transpose(type rows[1]) { (void)rows; }
+
+WCE_SCALAR_WORDS(f32, float, floorf, ldexpf)
+WCE_SCALAR_WORDS(f64, double, floor, ldexp)
+
+#define WCE_SCALAR_MEMORY(acc, type, elem, memory, to_acc, from_acc)                           \
+  WCE_INLINE type acc##_load_##elem(const memory *p) { return to_acc(*p); }                    \
+  WCE_INLINE type acc##_load_n_##elem(const memory *p, int n, type fill) {                     \
+    return n > 0 ? to_acc(*p) : fill;                                                          \
+  }                                                                                            \
+  WCE_INLINE void acc##_store_##elem(memory *p, type v) { *p = from_acc(v); }                  \
+  WCE_INLINE void acc##_store_n_##elem(memory *p, type v, int n) {                             \
+    if (n > 0) *p = from_acc(v);                                                               \
+  }                                                                                            \
+  WCE_INLINE void acc##_stream_##elem(memory *p, type v) { *p = from_acc(v); }
+
+WCE_SCALAR_MEMORY(f32, float, f32, float, , )
+WCE_SCALAR_MEMORY(f64, double, f64, double, , )
+WCE_SCALAR_MEMORY(f32, float, bf16, uint16_t, wce_bf16_to_float, wce_float_to_bf16)
+WCE_SCALAR_MEMORY(f32, float, f16, uint16_t, wce_f16_to_float, wce_float_to_f16)
+
+WCE_INLINE void wce_stream_fence(void) {}
+
+#endif

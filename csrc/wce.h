@@ -1,0 +1,142 @@
+/* wce.h -- the C interface of the loss: plain structs in, status out.
+ *
+ * No torch, no CUDA headers, no allocation behind it. Letters, for one row with logits x[0..C):
+ *
+ *   x_c  := x_c + prior_c                          prior_c = tau * log(q_c), or absent
+ *   m     = max_c x_c      L = log(sum_c exp(x_c - m))      p_c = exp(x_c - m - L)
+ *   a_c   = w_c * (spike*[c = y] + floor + soft*q_c)        A = sum_c a_c
+ *   loss  = s * (A*L - sum_c a_c*(x_c - m))
+ *   dx_c  = g*s*(A*p_c - a_c) + h*p_c + u*([c = y] - p_c) + u2*([c = y2] - p_c)
+ *
+ *   index target y                     spike = 1      floor = 0      soft = 0
+ *   index target y, label smoothing e  spike = 1-e    floor = e/C    soft = 0
+ *   soft target q                      spike = 0      floor = 0      soft = 1
+ *   soft target q, smoothing e         spike = 0      floor = e/C    soft = 1-e
+ *
+ * A class whose a_c is exactly 0 adds nothing to the loss, also where x_c is -inf.
+ * A row that does not count (its index target is ignore_index, its mask is 0, or its soft target
+ * is all zero and skip_empty is set) has loss 0 and weight 0, whatever its logits hold.
+ *
+ * "acc" below is the type of all arithmetic: float for f32, bf16 and f16 logits, double for f64.
+ */
+#ifndef WCE_H
+#define WCE_H
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef enum { WCE_F32, WCE_F64, WCE_BF16, WCE_F16, WCE_DTYPE_COUNT } wce_dtype;
+
+/* A tensor seen as [outer, classes, inner]; strides in elements.
+ * Row r = o*inner + i, for o in [0, outer), i in [0, inner).                                    */
+typedef struct {
+  const void *data;
+  int64_t stride_outer, stride_class, stride_inner;
+} wce_view;
+
+typedef struct {
+  wce_dtype dtype; /* of the logits and of their gradient                                         */
+  int64_t outer, classes, inner;
+  wce_view logits; /* stride_class == 1 (rows) or stride_inner == 1 (planes)                      */
+
+  const int64_t *target;  /* [rows] or NULL. Values may be anything: they are checked              */
+  const int64_t *target2; /* [rows] or NULL: a second class whose log-probability is wanted        */
+  wce_view prob;          /* soft target; data NULL: absent. Same unit stride as the logits        */
+  wce_dtype prob_dtype;   /* f64 with f64 logits, else f32, bf16 or f16                            */
+
+  const void *weight;        /* [classes] acc, or NULL                                             */
+  const void *prior;         /* [classes] acc, added to the logits, or NULL                        */
+  const void *sample_weight; /* [rows] acc, or NULL                                                */
+  const uint8_t *mask;       /* [rows], 0: the row does not count; or NULL                         */
+
+  double spike, floor, soft;
+  int64_t ignore_index; /* of target and target2                                                   */
+  int32_t skip_empty;   /* a soft target of zeros alone does not count                             */
+} wce_problem;
+
+/* Results per row; each pointer may be NULL. [rows], acc unless said otherwise.                   */
+typedef struct {
+  void *max, *log_sum; /* m and L, kept apart: their sum loses the low bits under large offsets    */
+  void *loss;          /* of type loss_dtype                                                       */
+  wce_dtype loss_dtype;
+  void *lse;                  /* m + L, of every row, counted or not                               */
+  void *log_prob, *log_prob2; /* x_y - m - L; 0 where the target is ignored                        */
+  void *entropy;              /* L - sum_c p_c*(x_c - m), of every row                             */
+  uint8_t *correct;           /* x_y == m                                                          */
+} wce_row_outputs;
+
+/* Sums over the rows. weight: sum of s*w_y (index target), of s (soft target).                    */
+typedef struct {
+  double loss, weight;
+  int64_t count;   /* rows that count                                                             */
+  int64_t bad_row; /* first row whose target (or target2) is neither a class nor ignore_index, or
+                      is a class whose prior is -inf; -1: none                                     */
+} wce_sums;
+
+/* From sums to the value of the loss.                                                             */
+typedef enum { WCE_NONE, WCE_MEAN, WCE_SUM } wce_reduction; /* numbered as in torch                */
+
+/* Upstream gradients, all of them per row. dx_c is written for every element of every row.        */
+typedef struct {
+  wce_view dx;                /* same unit stride as the logits, other strides of its own          */
+  const void *max, *log_sum;  /* from forward, or NULL: computed again                             */
+  const void *grad;           /* g before the division, or NULL for 0                              */
+  wce_dtype grad_dtype;       /*                                                                   */
+  int64_t grad_stride;        /* 0: one value for all rows; 1: [rows]                              */
+  const void *denominator;    /* acc, one value: g = grad / denominator; NULL: 1                   */
+  const void *grad_lse;       /* h, [rows] acc, or NULL                                            */
+  const void *grad_log_prob;  /* u, [rows] acc, or NULL                                            */
+  const void *grad_log_prob2; /* u2, [rows] acc, or NULL                                           */
+} wce_row_grads;
+
+/* Whether forward keeps m and L for backward. For narrow rows their traffic would cost as much as
+ * the logits, so backward computes them again. One rule for every device and for shape inference. */
+static inline int wce_saves_stats(int64_t classes) { return classes > 32; }
+
+/* ---- CPU ------------------------------------------------------------------------------------ */
+
+/* How a problem is cut into tasks. It depends on the shape and dtype alone, never on the number of
+ * threads: that is why results have the same bits for any number of threads.                      */
+typedef enum { WCE_TILE, WCE_ROWS, WCE_SPLIT, WCE_REGIME_COUNT } wce_regime;
+typedef struct {
+  wce_regime regime;
+  int64_t rows_per_task, columns_per_task;
+  int64_t tasks;         /* for forward and for backward                                           */
+  int64_t pieces;        /* wce_piece that forward needs as workspace, 0 unless WCE_SPLIT          */
+  int64_t work_per_task; /* elements, so that a caller can leave small work on one thread          */
+} wce_plan;
+
+typedef struct { /* what is known of a row after some of its columns                               */
+  double m, s, A, D, U; /* max; sum of e^(x-m); of a; of a*(x-m); of e^(x-m)*(x-m)                 */
+} wce_piece;
+
+wce_plan wce_cpu_plan(const wce_problem *problem);
+
+/* Task t of plan->tasks, safe to run at the same time as any other. sums: [tasks], pieces: [pieces]. */
+void wce_cpu_forward(const wce_plan *plan, const wce_problem *problem, const wce_row_outputs *out,
+                     int64_t task, wce_sums *sums, wce_piece *pieces);
+/* After all tasks, on one thread: adds up in task order (and finishes the rows of WCE_SPLIT).      */
+wce_sums wce_cpu_finish(const wce_plan *plan, const wce_problem *problem,
+                        const wce_row_outputs *out, const wce_sums *sums, const wce_piece *pieces);
+/* Returns the first bad row of the task, or -1; such a row's gradient is 0.                        */
+int64_t wce_cpu_backward(const wce_plan *plan, const wce_problem *problem,
+                         const wce_row_grads *grads, int64_t task);
+
+/* Instruction sets, weakest first: "base", then "avx2", "avx512" on x86-64.                        */
+int wce_cpu_isa_count(void);
+const char *wce_cpu_isa_name(int index);
+int wce_cpu_isa_supported(int index); /* by this build, this processor and its operating system    */
+int wce_cpu_isa_current(void);
+/* NULL: the best one. Returns 0, or -1 and changes nothing when unknown or unsupported.            */
+int wce_cpu_isa_select(const char *name);
+
+/* For tests: "tile", "rows", "split" where the layout allows it; NULL or "auto": by the table.     */
+int wce_cpu_regime_force(const char *name);
+
+#ifdef __cplusplus
+}
+#endif
+#endif
