@@ -71,7 +71,7 @@ WCE_FN float wce_log_f32(float s) {
   float series = q * (1.0f / 3 + q * (1.0f / 5 + q * (1.0f / 7 + q * (1.0f / 9))));
   float log_f = 2.0f * z + 2.0f * z * series;
   float result = (float)k * 0.693147182464599609375f + (log_f - (float)k * 1.904654323148236e-9f);
-  return s != s ? s : result;
+  return result + s * 0.0f; /* nan stays nan                                                      */
 }
 
 WCE_FN double wce_log_f64(double s) {
@@ -95,7 +95,7 @@ WCE_FN double wce_log_f64(double s) {
   double log_f = 2.0 * z + 2.0 * z * (q * series);
   double n = (double)(int32_t)k;
   double result = n * 6.93147180369123816490e-01 + (log_f + n * 1.90821492927058770002e-10);
-  return s != s ? s : result;
+  return result + s * 0.0;
 }
 
 /* ---- one row ---------------------------------------------------------------------------------- */

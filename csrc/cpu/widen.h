@@ -29,6 +29,18 @@ static inline void f64_widen(double *dst, const void *src, wce_dtype dtype, int6
   f64_widen_f64(dst, (const double *)src, n);
 }
 
+/* e^x of n numbers in place. */
+#define WCE_DEFINE_EXP_ARRAY(acc, type)                                                         \
+  static inline void acc##_exp_array(type *x, int n) {                                          \
+    for (int i = 0; i < n; i += LANES_##acc) {                                                  \
+      v_##acc part = acc##_load_n_##acc(x + i, n - i, acc##_set1(0));                           \
+      acc##_store_n_##acc(x + i, acc##_exp(part), n - i);                                       \
+    }                                                                                           \
+  }
+WCE_DEFINE_EXP_ARRAY(f32, float)
+WCE_DEFINE_EXP_ARRAY(f64, double)
+#undef WCE_DEFINE_EXP_ARRAY
+
 /* Element i of an array of any type. */
 static inline double wce_get(const void *p, wce_dtype dtype, int64_t i) {
   switch (dtype) {
