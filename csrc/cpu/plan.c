@@ -32,6 +32,7 @@ int wce_cpu_regime_force(const char *name) {
  *                                                        coefficients belongs to the whole row)    */
 static wce_regime choose(const wce_problem *p, int64_t rows) {
   if (p->logits.stride_class != 1 && p->classes > 1) return WCE_TILE;
+  if (p->classes == 0) return WCE_TILE; /* no columns to split                                      */
   if (forced_regime == WCE_SPLIT && p->prob.data) return WCE_ROWS;
   if (forced_regime >= 0) return (wce_regime)forced_regime;
   if (p->classes <= NARROW_CLASSES) return WCE_TILE;
