@@ -24,7 +24,7 @@ typedef struct {
 } wce_kernels;
 
 /* Rows that the loops over rows handle together; tasks of the tile regime are multiples of it.    */
-enum { WCE_TILE_ROWS = 512 };
+enum { WCE_TILE_ROWS = 256 };
 
 /* Each instruction set is one symbol: its kernels by element type.                                */
 extern const wce_kernels wce_kernels_base[WCE_DTYPE_COUNT];

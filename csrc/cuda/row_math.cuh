@@ -1,0 +1,236 @@
+// row_math.cuh -- what happens once per row: its target, its loss, the coefficients of its gradient.
+#ifndef WCE_CUDA_ROW_MATH_CUH
+#define WCE_CUDA_ROW_MATH_CUH
+
+#include "../loss_math.h"
+#include "reduce.cuh"
+
+namespace wce_cuda {
+
+struct place {
+  int64_t outer, inner;
+};
+
+// row = outer*inner_size + inner. A 64-bit division costs about 100 instructions: avoided.
+WCE_DEVICE place place_of(int64_t row, int64_t inner_size) {
+  if (inner_size == 1) return {row, 0};
+  if (static_cast<uint64_t>(row | inner_size) >> 32 == 0) {
+    const uint32_t o = static_cast<uint32_t>(row) / static_cast<uint32_t>(inner_size);
+    return {o, row - static_cast<int64_t>(o) * inner_size};
+  }
+  const int64_t o = row / inner_size;
+  return {o, row - o * inner_size};
+}
+
+WCE_DEVICE int64_t offset_of(const wce_view &view, const place &at) {
+  return at.outer * view.stride_outer + at.inner * view.stride_inner;
+}
+
+template <class A>
+WCE_DEVICE A value_at(const void *values, int64_t index) {
+  return static_cast<const A *>(values)[index];
+}
+
+// What the arguments say about one row, apart from its classes. xy: logit of y, prior included.
+template <class A>
+struct row_info {
+  int64_t y, y2;
+  A xy, xy2, wy, s;
+  bool has_y, has_y2, counts, bad;
+};
+
+// A class that may be used as an index, or -1. bad: neither a class nor ignore_index, or a class
+// that the prior rules out.
+template <class A>
+WCE_DEVICE int64_t checked_class(const wce_problem &p, int64_t y, bool &bad) {
+  if (y == p.ignore_index) return -1;
+  if (!WCE_GUARD(target_range, y >= 0 && y < p.classes)) {
+    bad = true;
+    return -1;
+  }
+  if (p.prior && value_at<A>(p.prior, y) == -infinity<A>()) {
+    bad = true;
+    return -1;
+  }
+  return y;
+}
+
+// x: the row's class 0.
+template <class T>
+WCE_DEVICE row_info<acc<T>> load_row_info(const wce_problem &p, int64_t row, const T *x) {
+  using A = acc<T>;
+  row_info<A> r;
+  r.y = r.y2 = -1;
+  r.xy = r.xy2 = 0;
+  r.wy = r.s = 1;
+  r.bad = false;
+  r.counts = true;
+  const int64_t step = p.logits.stride_class;
+  const bool index_target = p.target && !p.prob.data;
+  if (p.target) r.y = checked_class<A>(p, p.target[row], r.bad);
+  if (p.target2) r.y2 = checked_class<A>(p, p.target2[row], r.bad);
+  if (r.bad) r.y = r.y2 = -1;  // its row counts for nothing
+  r.counts = !r.bad && (!index_target || r.y >= 0 || r.y2 >= 0);
+  r.has_y = r.y >= 0;
+  r.has_y2 = r.y2 >= 0;
+  if (r.has_y) {
+    r.xy = widen(x[r.y * step]) + (p.prior ? value_at<A>(p.prior, r.y) : A(0));
+    if (p.weight && index_target) r.wy = value_at<A>(p.weight, r.y);
+  }
+  if (r.has_y2) r.xy2 = widen(x[r.y2 * step]) + (p.prior ? value_at<A>(p.prior, r.y2) : A(0));
+  if (p.mask && !p.mask[row]) r.counts = false;
+  if (p.sample_weight) r.s = value_at<A>(p.sample_weight, row);
+  return r;
+}
+
+// Says what is wrong and stops the device.
+WCE_DEVICE void stop_at_bad_target(long long row, long long y, long long classes) {
+  printf("wce_torch: target %lld at row %lld is out of bounds for %lld classes (or is a class "
+         "whose prior is 0).\n", y, row, classes);
+  assert(!"wce_torch: target out of bounds");
+}
+
+// Records the smallest bad row where `bad` is given, else stops the device. Called at the end of a
+// kernel: a call in the middle would cost its loops registers.
+WCE_DEVICE void report_bad_target(const wce_problem &p, long long row, unsigned long long *bad) {
+  if (row == no_row) return;
+  if (bad) {
+    atomicMin(bad, static_cast<unsigned long long>(row));
+    return;
+  }
+  int64_t y = p.target ? p.target[row] : p.ignore_index;
+  const bool fine = y == p.ignore_index || (y >= 0 && y < p.classes);
+  if (fine && p.target2) y = p.target2[row];
+  stop_at_bad_target(row, y, p.classes);
+}
+
+WCE_DEVICE float row_loss(float m, float l, float xy, float spike_w, float a, float ax) {
+  return wce_row_loss_float(m, l, xy, spike_w, a, ax);
+}
+WCE_DEVICE double row_loss(double m, double l, double xy, double spike_w, double a, double ax) {
+  return wce_row_loss_double(m, l, xy, spike_w, a, ax);
+}
+
+// log of the sum, nan for a row of nothing but -inf (and for one with a nan or +inf: s is nan).
+template <class A>
+WCE_DEVICE A log_sum_of(A m, A s) {
+  return m == -infinity<A>() ? static_cast<A>(NAN) : log_of(s);
+}
+
+template <class A, int BODY>
+WCE_DEVICE bool counts(const wce_problem &p, const row_info<A> &r, const stats<A, BODY> &st) {
+  return r.counts && !(BODY != FAST && p.skip_empty && p.prob.data && !st.any);
+}
+
+// One thread per row: its outputs, and its share of the sums.
+template <class A, int BODY>
+WCE_DEVICE void finish_row(const wce_problem &p, const wce_row_outputs &out, int64_t row,
+                           const stats<A, BODY> &st, const row_info<A> &r, sums &total) {
+  const A m = st.m, l = log_sum_of(st.m, st.s);
+  A loss = 0;
+  if (counts(p, r, st)) {
+    const A spike_w = r.has_y ? static_cast<A>(p.spike) * r.wy : A(0);
+    if (p.classes > 0) {
+      loss = BODY == FAST ? row_loss(m, l, r.xy, spike_w, A(0), A(0))
+                          : row_loss(m, l, r.xy, spike_w, st.a, st.ax);
+      loss *= r.s;
+    }
+    total.loss += static_cast<double>(loss);
+    total.weight += static_cast<double>(r.s) * static_cast<double>(r.wy);
+    total.any = 1;
+  }
+  if (out.max) static_cast<A *>(out.max)[row] = m;
+  if (out.log_sum) static_cast<A *>(out.log_sum)[row] = l;
+  if (out.loss) store_as(out.loss_dtype, out.loss, row, loss);
+  if (out.lse) static_cast<A *>(out.lse)[row] = m + l;
+  if (out.log_prob) static_cast<A *>(out.log_prob)[row] = r.has_y ? (r.xy - m) - l : A(0);
+  if (out.log_prob2) static_cast<A *>(out.log_prob2)[row] = r.has_y2 ? (r.xy2 - m) - l : A(0);
+  if (BODY == ENTROPY && out.entropy) static_cast<A *>(out.entropy)[row] = l - st.ex / st.s;
+  const bool with_nan = !(st.s == st.s) && m < infinity<A>();  // whose maximum is nan, not m
+  if (out.correct) out.correct[row] = r.has_y && r.xy == m && !with_nan;
+  if (r.bad && row < total.bad) total.bad = row;
+}
+
+// What the sums become. One thread.
+template <class A>
+WCE_DEVICE void finish_total(const wce_cuda_total &t, const sums &all) {
+  double denominator = 1, loss = all.loss;
+  if (t.reduction == WCE_MEAN) {
+    denominator = t.normalizer ? static_cast<double>(value_at<A>(t.normalizer, 0)) : all.weight;
+    loss /= denominator;
+    if (t.empty_zero && !all.any) {
+      loss = 0;
+      denominator = 1;
+    }
+  }
+  if (t.loss && t.reduction != WCE_NONE) store_as(t.loss_dtype, t.loss, 0, loss);
+  if (t.denominator) *static_cast<A *>(t.denominator) = static_cast<A>(denominator);
+}
+
+// The end of every forward kernel: one partial per block in a fixed place, or, where one block did
+// everything, the result itself. shared: [threads/32] sums.
+template <class A>
+WCE_DEVICE void finish_block(const wce_problem &p, const wce_cuda_total &t, const sums &mine,
+                             sums *partials, sums *shared, unsigned long long *bad) {
+  const sums all = sum_block(mine, shared);
+  if (threadIdx.x != 0) return;
+  if (gridDim.x == 1 || (t.reduction == WCE_NONE && blockIdx.x == 0))
+    finish_total<A>(t, all);
+  else if (t.reduction != WCE_NONE)
+    partials[blockIdx.x] = all;
+  report_bad_target(p, all.bad, bad);
+}
+
+// ---- backward: dx_c = ke*e^(x_c-m) - ka*a_c + dy*[c = y] + dy2*[c = y2], a_c without the spike ----
+
+template <class A>
+struct row_grad {
+  A m, ke, ka, dy, dy2;
+  int64_t y, y2;
+  bool zero;  // the whole row is exactly 0, whatever its logits hold
+};
+
+// a: sum of a_c without the spike. row_counts: see counts().
+template <class A>
+WCE_DEVICE row_grad<A> grad_of_row(const wce_problem &p, const wce_row_grads &g, int64_t row,
+                                   const row_info<A> &r, bool row_counts, A m, A l, A a) {
+  row_grad<A> d;
+  A gs = 0, h = 0, u = 0, u2 = 0;
+  if (row_counts && g.grad) {
+    gs = load_as<A>(g.grad_dtype, g.grad, g.grad_stride ? row : 0);
+    if (g.denominator) gs /= value_at<A>(g.denominator, 0);
+    gs *= r.s;
+  }
+  if (!r.bad) {
+    if (g.grad_lse) h = value_at<A>(g.grad_lse, row);
+    if (g.grad_log_prob && r.has_y) u = value_at<A>(g.grad_log_prob, row);
+    if (g.grad_log_prob2 && r.has_y2) u2 = value_at<A>(g.grad_log_prob2, row);
+  }
+  const A spike_w = r.has_y ? static_cast<A>(p.spike) * r.wy : A(0);
+  d.m = m;
+  d.ke = (gs * (a + spike_w) + h - u - u2) * exp_of(-l);  // e^-l = 1/s: no over- or underflow
+  d.ka = gs;
+  d.dy = u - gs * spike_w;
+  d.dy2 = u2;
+  d.y = r.y;
+  d.y2 = r.y2;
+  d.zero = r.bad || (!row_counts && h == 0 && u == 0 && u2 == 0);
+  return d;
+}
+
+// x: logit, prior included. a: a_c without the spike.
+template <class A, int BODY>
+WCE_DEVICE A grad_at(const row_grad<A> &d, A x, A a) {
+  const A v = d.ke * exp_of(x - d.m);
+  return BODY == FAST || a == 0 ? v : v - d.ka * a;
+}
+
+// Sum of a_c without the spike where no target probabilities take part.
+template <class A>
+WCE_DEVICE A floor_sum(const wce_problem &p, const A *weight_sum) {
+  if (p.floor == 0) return A(0);
+  return static_cast<A>(p.floor) * (p.weight ? *weight_sum : static_cast<A>(p.classes));
+}
+
+}  // namespace wce_cuda
+#endif

@@ -1,0 +1,465 @@
+// autograd.cpp -- which path a call takes, what is saved for backward, autocast and transforms.
+//
+// Fused: forward and backward of the backends, for everything that they can differentiate: the loss
+// with respect to the logits. Composite: plain ATen operations (wce_torch/composite.py), for the
+// rest. Native: F.cross_entropy's own operator, for what only torch knows how to treat.
+#include <ATen/autocast_mode.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/cross_entropy_loss.h>
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/utils/pybind.h>
+#include <torch/library.h>
+
+#include <cstdlib>
+#include <cstring>
+
+#include "autograd.h"
+
+namespace wce {
+
+using at::Tensor;
+using c10::SymInt;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+// ---- routes ------------------------------------------------------------------------------------
+
+namespace {
+
+const OptTensor no_tensor;
+
+bool needs_grad(const Tensor &tensor) { return tensor.defined() && tensor.requires_grad(); }
+bool needs_grad(const OptTensor &tensor) { return tensor && needs_grad(*tensor); }
+bool has_tangent(const Tensor &tensor) {
+  return tensor.defined() && torch::autograd::isFwGradDefined(tensor);
+}
+bool has_tangent(const OptTensor &tensor) { return tensor && has_tangent(*tensor); }
+
+template <class... T>
+bool any_needs_grad(const T &...tensors) {
+  return at::GradMode::is_enabled() && (needs_grad(tensors) || ...);
+}
+template <class... T>
+bool any_tangent(const T &...tensors) {
+  return (has_tangent(tensors) || ...);
+}
+
+bool is_dense(const Tensor &tensor) {
+  return tensor.layout() == c10::kStrided && !tensor.is_nested();
+}
+bool is_dense(const OptTensor &tensor) { return !tensor || is_dense(*tensor); }
+
+bool cuda_kernels_exist() {
+  static const bool exist = c10::Dispatcher::singleton()
+                                .findSchemaOrThrow("wce::forward", "")
+                                .hasKernelForDispatchKey(c10::DispatchKey::CUDA);
+  return exist;
+}
+
+const Route fused{Path::fused, nullptr};
+constexpr const char *without_cuda =
+    "this build of wce_torch has no CUDA kernels; build it again with WCE_CUDA=1 and nvcc";
+
+// Where no kernel can take the logits.
+Route device_route(const Tensor &input) {
+  if (input.is_cpu() || input.is_meta()) return fused;
+  if (!input.is_cuda()) return {Path::composite, "there are no kernels for this device"};
+  if (cuda_kernels_exist()) return fused;
+  TORCH_WARN_ONCE("CUDA tensors take the composite path: ", without_cuda, ".");
+  return {Path::composite, without_cuda};
+}
+
+bool above(const Tensor &tensor, at::ScalarType logits) {
+  return tensor.scalar_type() == at::kDouble && logits != at::kDouble;
+}
+
+}  // namespace
+
+Route route_loss(const LossArgs &a) {
+  if (!is_dense(a.input) || !is_dense(a.target) || !is_dense(a.weight))
+    return {Path::native, "a tensor is sparse or nested"};
+  if (any_tangent(a.input, a.target, a.weight, a.log_prior, a.sample_weight, a.normalizer))
+    return {Path::composite, "forward-mode AD: a tensor has a tangent"};
+  const Route device = device_route(a.input);
+  if (device.path != Path::fused) return device;
+  if (any_needs_grad(a.target, a.weight, a.log_prior, a.sample_weight, a.normalizer))
+    return {Path::composite, "a gradient is wanted for another tensor than the logits"};
+  if (a.target.is_floating_point() || a.target.is_complex()) {
+    if (a.weight && a.weight->is_complex()) return {Path::native, "the weight is complex"};
+    if (above(a.target, a.input.scalar_type()) ||
+        (a.weight && above(*a.weight, a.input.scalar_type())))
+      return {Path::composite, "float64 soft target or weight with logits of another type"};
+  }
+  return fused;
+}
+
+Route route_rows(const RowsArgs &a) {
+  if (any_tangent(a.input, a.target_prob, a.weight, a.log_prior))
+    return {Path::composite, "forward-mode AD: a tensor has a tangent"};
+  const Route device = device_route(a.input);
+  if (device.path != Path::fused) return device;
+  if (any_needs_grad(a.target_prob, a.weight, a.log_prior))
+    return {Path::composite, "a gradient is wanted for another tensor than the logits"};
+  return fused;
+}
+
+void leave_fused(const char *why) {
+  const char *strict = std::getenv("WCE_STRICT");
+  TORCH_CHECK(strict == nullptr || std::strcmp(strict, "1") != 0,
+              "WCE_STRICT=1: this call of wce_torch would leave the fused kernels: ", why);
+}
+
+namespace {
+
+bool is_plain(const LossArgs &a, bool empty_zero) {
+  return !a.log_prior && !a.sample_weight && !a.mask && !a.normalizer && !empty_zero &&
+         !a.skip_empty;
+}
+
+// Native takes the weight of an index target as a constant and says so.
+void check_weight_grad(const LossArgs &a) {
+  if (any_needs_grad(a.weight) && !is_soft(a.input, a.target))
+    TORCH_CHECK(false, "wce::cross_entropy is not differentiable with respect to argument "
+                "'weight'. This input cannot have requires_grad True.");
+}
+
+Tensor leave_to_composite(WCE_LOSS_PARAMS(SymInt), const char *why) {
+  const LossArgs args{input,     target,        weight, reduction,  label_smoothing,
+                      log_prior, sample_weight, mask,   normalizer, skip_empty};
+  leave_fused(why);
+  check_loss(args, ignore_index);
+  const bool readable = target.is_cpu() && !target.key_set().has(c10::DispatchKey::Python) &&
+                        !ignore_index.is_symbolic();
+  if (readable && !is_soft(input, target))
+    check_target_values(input, target, ignore_index.expect_int(), log_prior);
+  return composite(WCE_LOSS_ARGS);
+}
+
+Tensor leave_to_native(WCE_LOSS_PARAMS(SymInt), const char *why) {
+  const LossArgs args{input,     target,        weight, reduction,  label_smoothing,
+                      log_prior, sample_weight, mask,   normalizer, skip_empty};
+  leave_fused(why);
+  TORCH_CHECK(is_plain(args, empty_zero), "wce_torch: ", why,
+              "; class_prior, sample_weight, mask, normalizer, empty and skip_empty_targets are "
+              "not available there");
+  (void)out_fp32;
+  return at::cross_entropy_loss_symint(input, target, weight, reduction, ignore_index,
+                                       label_smoothing);
+}
+
+// ---- the loss ----------------------------------------------------------------------------------
+
+}  // namespace
+
+// The arguments of one call, by reference: apply() looks at each of its arguments, so it gets the
+// logits, which are the one differentiable tensor, and all the others as this.
+struct LossCall {
+  const Tensor &target;
+  const OptTensor &weight, &log_prior, &sample_weight, &mask, &normalizer;
+  const SymInt &ignore_index;
+  int64_t reduction;
+  double label_smoothing;
+  bool empty_zero, skip_empty, out_fp32;
+};
+
+// Anomaly mode and error texts print the name.
+class CrossEntropy : public torch::autograd::Function<CrossEntropy> {
+ public:
+  static constexpr bool is_traceable = true;
+
+  static Tensor forward(AutogradContext *ctx, const Tensor &input, const LossCall &call) {
+    at::AutoDispatchBelowAutograd below;
+    auto [loss, stats] =
+        wce::forward(input, call.target, call.weight, call.reduction, call.ignore_index,
+                     call.label_smoothing, call.log_prior, call.sample_weight, call.mask,
+                     call.normalizer, call.empty_zero, call.skip_empty, call.out_fp32);
+    save(ctx, input, call, stats);
+    return loss;
+  }
+
+  static variable_list backward(AutogradContext *ctx, const variable_list &grads) {
+    variable_list result(2);
+    if (!grads[0].defined()) return result;
+    const variable_list saved = ctx->get_saved_variables();
+    const auto optional = [&](size_t i) {
+      return i < saved.size() && saved[i].defined() ? OptTensor(saved[i]) : OptTensor();
+    };
+    const Options options = load(ctx);
+    result[0] = wce::backward(grads[0], saved[0], saved[1], optional(3), saved[2],
+                              options.reduction, options.ignore_index, options.label_smoothing,
+                              optional(4), optional(5), optional(6), options.skip_empty);
+    return result;
+  }
+
+ private:
+  struct Options {
+    int64_t reduction = WCE_MEAN;
+    SymInt ignore_index = -100;
+    double label_smoothing = 0;
+    bool skip_empty = false;
+  };
+
+  // Each entry of saved_data costs 0.1 us, so that only what differs from the defaults is kept.
+  static void save(AutogradContext *ctx, const Tensor &input, const LossCall &call,
+                   const Tensor &stats) {
+    const auto value = [](const OptTensor &tensor) { return tensor ? *tensor : Tensor(); };
+    if (call.log_prior || call.sample_weight || call.mask)
+      ctx->save_for_backward({input, call.target, stats, value(call.weight),
+                              value(call.log_prior), value(call.sample_weight),
+                              value(call.mask)});
+    else if (call.weight)
+      ctx->save_for_backward({input, call.target, stats, *call.weight});
+    else
+      ctx->save_for_backward({input, call.target, stats});
+    const Options usual;
+    auto &data = ctx->saved_data;
+    if (call.reduction != usual.reduction) data["reduction"] = call.reduction;
+    if (call.ignore_index.is_symbolic() || call.ignore_index != usual.ignore_index)
+      data["ignore_index"] = call.ignore_index;
+    if (call.label_smoothing != 0) data["label_smoothing"] = call.label_smoothing;
+    if (call.skip_empty) data["skip_empty"] = true;
+  }
+
+  static Options load(AutogradContext *ctx) {
+    Options options;
+    for (const auto &[name, value] : ctx->saved_data) {
+      if (name == "reduction") options.reduction = value.toInt();
+      if (name == "ignore_index") options.ignore_index = value.toSymInt();
+      if (name == "label_smoothing") options.label_smoothing = value.toDouble();
+      if (name == "skip_empty") options.skip_empty = value.toBool();
+    }
+    return options;
+  }
+};
+
+namespace {
+
+// Autograd, and CompositeExplicitAutograd (inference mode), where nothing needs a gradient.
+Tensor cross_entropy_any(WCE_LOSS_PARAMS(SymInt)) {
+  const LossArgs args{input,     target,        weight, reduction,  label_smoothing,
+                      log_prior, sample_weight, mask,   normalizer, skip_empty};
+  if (weight) check_weight_grad(args);
+  const Route route = route_loss(args);
+  if (route.path == Path::composite) return leave_to_composite(WCE_LOSS_ARGS, route.why);
+  if (route.path == Path::native) return leave_to_native(WCE_LOSS_ARGS, route.why);
+  if (any_needs_grad(input)) {
+    const LossCall call{target,       weight,    log_prior,       sample_weight, mask,       normalizer,
+                        ignore_index, reduction, label_smoothing, empty_zero,    skip_empty, out_fp32};
+    return CrossEntropy::apply(input, call);
+  }
+  at::AutoDispatchBelowAutograd below;
+  return std::get<0>(forward(WCE_LOSS_ARGS));
+}
+
+// Gradients of `outputs` with respect to x, with a graph of their own. The engine must not be entered
+// with the GIL, which a caller in Python may hold (kernels reached through __torch_dispatch__).
+Tensor differentiable_grad(const variable_list &outputs, const Tensor &x,
+                           const variable_list &grads) {
+  std::optional<pybind11::gil_scoped_release> release;
+  if (PyGILState_Check()) release.emplace();
+  return torch::autograd::grad(outputs, {x}, grads, std::nullopt, /*create_graph=*/true)[0];
+}
+
+// With gradients of gradients wanted the composite is differentiated, to any order. The mean's
+// denominator is what forward found.
+Tensor backward_composite(WCE_BACKWARD_PARAMS(SymInt)) {
+  leave_fused("a gradient of the gradient (or a batch of gradients) is wanted");
+  at::AutoGradMode enable(true);
+  const Tensor x = input.requires_grad() ? input : input.detach().requires_grad_(true);
+  const OptTensor normalizer =
+      reduction == WCE_MEAN ? OptTensor(stats.select(0, 0)) : OptTensor();
+  const bool out_fp32 = grad.scalar_type() == at::kFloat && input.scalar_type() != at::kDouble;
+  const Tensor loss =
+      composite(x, target, weight, reduction, ignore_index, label_smoothing, log_prior,
+                sample_weight, mask, normalizer, false, skip_empty, out_fp32);
+  return differentiable_grad({loss}, x, {grad.to(loss.scalar_type())});
+}
+
+Tensor backward_autograd(WCE_BACKWARD_PARAMS(SymInt)) {
+  if (any_needs_grad(grad, input, target, weight, log_prior, sample_weight) ||
+      any_tangent(grad, input, target, weight, log_prior, sample_weight))
+    return backward_composite(WCE_BACKWARD_ARGS);
+  at::AutoDispatchBelowAutograd below;
+  return backward(WCE_BACKWARD_ARGS);
+}
+
+}  // namespace
+
+// ---- rows --------------------------------------------------------------------------------------
+
+struct RowsCall {
+  const OptTensor &target, &target2, &target_prob, &weight, &log_prior, &mask;
+  double spike, floor, soft;
+  const SymInt &ignore_index;
+  bool skip_empty, entropy;
+};
+
+class RowStatistics : public torch::autograd::Function<RowStatistics> {
+ public:
+  static constexpr bool is_traceable = true;
+
+  static variable_list forward(AutogradContext *ctx, const Tensor &input, const RowsCall &call) {
+    at::AutoDispatchBelowAutograd below;
+    auto [loss, stats, lse, log_prob, log_prob2, entropy, correct] = wce::rows_forward(
+        input, call.target, call.target2, call.target_prob, call.weight, call.log_prior, call.mask,
+        call.spike, call.floor, call.soft, call.ignore_index, call.skip_empty, call.entropy);
+    const auto value = [](const OptTensor &tensor) { return tensor ? *tensor : Tensor(); };
+    ctx->save_for_backward({input, value(call.target), value(call.target2),
+                            value(call.target_prob), value(call.weight), value(call.log_prior),
+                            value(call.mask), stats});
+    ctx->saved_data["spike"] = call.spike;
+    ctx->saved_data["floor"] = call.floor;
+    ctx->saved_data["soft"] = call.soft;
+    ctx->saved_data["ignore_index"] = call.ignore_index;
+    ctx->saved_data["skip_empty"] = call.skip_empty;
+    ctx->mark_non_differentiable({stats, entropy, correct});
+    ctx->set_materialize_grads(false);
+    return {loss, stats, lse, log_prob, log_prob2, entropy, correct};
+  }
+
+  static variable_list backward(AutogradContext *ctx, const variable_list &grads) {
+    const variable_list saved = ctx->get_saved_variables();
+    const auto optional = [](const Tensor &tensor) {
+      return tensor.defined() ? OptTensor(tensor) : OptTensor();
+    };
+    // An output that was not asked for has shape (0), and so has its gradient.
+    const auto asked = [&](const Tensor &grad, const Tensor &target) {
+      return target.defined() ? optional(grad) : OptTensor();
+    };
+    auto &data = ctx->saved_data;
+    variable_list result(2);
+    result[0] = wce::rows_backward(
+        optional(grads[0]), optional(grads[2]), asked(grads[3], saved[1]),
+        asked(grads[4], saved[2]), saved[0], optional(saved[1]), optional(saved[2]),
+        optional(saved[3]), optional(saved[4]), optional(saved[5]), optional(saved[6]), saved[7],
+        data["spike"].toDouble(), data["floor"].toDouble(), data["soft"].toDouble(),
+        data["ignore_index"].toSymInt(), data["skip_empty"].toBool());
+    return result;
+  }
+};
+
+namespace {
+
+RowsResult rows_autograd(WCE_ROWS_PARAMS(SymInt)) {
+  const RowsArgs args{input, target, target2, target_prob, weight, log_prior,
+                      mask,  spike,  floor,   soft,        skip_empty};
+  const Route route = route_rows(args);
+  if (route.path != Path::fused) {
+    leave_fused(route.why);
+    check_rows(args);
+    return rows_composite(WCE_ROWS_ARGS);
+  }
+  if (any_needs_grad(input)) {
+    const RowsCall call{target, target2, target_prob, weight,       log_prior,  mask,
+                        spike,  floor,   soft,        ignore_index, skip_empty, entropy};
+    const variable_list out = RowStatistics::apply(input, call);
+    return {out[0], out[1], out[2], out[3], out[4], out[5], out[6]};
+  }
+  at::AutoDispatchBelowAutograd below;
+  return rows_forward(WCE_ROWS_ARGS);
+}
+
+Tensor rows_backward_composite(WCE_ROWS_BACKWARD_PARAMS(SymInt)) {
+  leave_fused("a gradient of the gradient (or a batch of gradients) is wanted");
+  at::AutoGradMode enable(true);
+  (void)stats;
+  const Tensor x = input.requires_grad() ? input : input.detach().requires_grad_(true);
+  const auto [loss, unused, lse, log_prob, log_prob2, entropy, correct] =
+      rows_composite(x, target, target2, target_prob, weight, log_prior, mask, spike, floor, soft,
+                     ignore_index, skip_empty, false);
+  variable_list outputs, grads;
+  const auto add = [&](const Tensor &output, const OptTensor &grad) {
+    if (!grad) return;
+    outputs.push_back(output);
+    grads.push_back(grad->to(output.scalar_type()));
+  };
+  add(loss, grad_loss);
+  add(lse, grad_lse);
+  add(log_prob, grad_log_prob);
+  add(log_prob2, grad_log_prob2);
+  if (outputs.empty()) return at::zeros_like(input);
+  return differentiable_grad(outputs, x, grads);
+}
+
+Tensor rows_backward_autograd(WCE_ROWS_BACKWARD_PARAMS(SymInt)) {
+  if (any_needs_grad(grad_loss, grad_lse, grad_log_prob, grad_log_prob2, input, target_prob,
+                     weight, log_prior) ||
+      any_tangent(grad_loss, grad_lse, grad_log_prob, grad_log_prob2, input, target_prob, weight,
+                  log_prior))
+    return rows_backward_composite(WCE_ROWS_BACKWARD_ARGS);
+  at::AutoDispatchBelowAutograd below;
+  return rows_backward(WCE_ROWS_BACKWARD_ARGS);
+}
+
+// ---- autocast: 16-bit logits are read as they are, only the result becomes fp32 ----------------
+
+template <c10::DispatchKey key>
+Tensor cross_entropy_autocast(WCE_LOSS_PARAMS(SymInt)) {
+  c10::impl::ExcludeDispatchKeyGuard off(key);
+  out_fp32 = input.scalar_type() != at::kDouble;
+  return cross_entropy(WCE_LOSS_ARGS);
+}
+
+// ---- torch.func and tracing: reached only while a transform or a trace is active ---------------
+
+Tensor cross_entropy_functorch(WCE_LOSS_PARAMS(SymInt)) {
+  const LossArgs args{input,     target,        weight, reduction,  label_smoothing,
+                      log_prior, sample_weight, mask,   normalizer, skip_empty};
+  leave_fused("a transform of torch.func is active");
+  check_loss(args, ignore_index);
+  return composite(WCE_LOSS_ARGS);
+}
+
+RowsResult rows_functorch(WCE_ROWS_PARAMS(SymInt)) {
+  const RowsArgs args{input, target, target2, target_prob, weight, log_prior,
+                      mask,  spike,  floor,   soft,        skip_empty};
+  leave_fused("a transform of torch.func is active");
+  check_rows(args);
+  return rows_composite(WCE_ROWS_ARGS);
+}
+
+// TorchScript and the ONNX exporter on top of it know native's operators only.
+Tensor cross_entropy_tracer(WCE_LOSS_PARAMS(SymInt)) {
+  const LossArgs args{input,     target,        weight, reduction,  label_smoothing,
+                      log_prior, sample_weight, mask,   normalizer, skip_empty};
+  constexpr const char *why = "TorchScript is tracing";
+  if (is_plain(args, empty_zero) && !out_fp32) return leave_to_native(WCE_LOSS_ARGS, why);
+  leave_fused(why);
+  check_loss(args, ignore_index);
+  return composite(WCE_LOSS_ARGS);
+}
+
+}  // namespace
+}  // namespace wce
+
+TORCH_LIBRARY_IMPL(wce, Autograd, m) {
+  m.impl("cross_entropy", wce::cross_entropy_any);
+  m.impl("backward", wce::backward_autograd);
+  m.impl("rows_forward", wce::rows_autograd);
+  m.impl("rows_backward", wce::rows_backward_autograd);
+  m.impl("forward", torch::autograd::autogradNotImplementedFallback());
+}
+
+TORCH_LIBRARY_IMPL(wce, CompositeExplicitAutograd, m) {
+  m.impl("cross_entropy", wce::cross_entropy_any);
+}
+
+TORCH_LIBRARY_IMPL(wce, AutocastCPU, m) {
+  m.impl("cross_entropy", wce::cross_entropy_autocast<c10::DispatchKey::AutocastCPU>);
+}
+
+TORCH_LIBRARY_IMPL(wce, AutocastCUDA, m) {
+  m.impl("cross_entropy", wce::cross_entropy_autocast<c10::DispatchKey::AutocastCUDA>);
+}
+
+TORCH_LIBRARY_IMPL(wce, FuncTorchDynamicLayerFrontMode, m) {
+  m.impl("cross_entropy", wce::cross_entropy_functorch);
+  m.impl("backward", wce::backward_composite);
+  m.impl("rows_forward", wce::rows_functorch);
+  m.impl("rows_backward", wce::rows_backward_composite);
+}
+
+TORCH_LIBRARY_IMPL(wce, Tracer, m) { m.impl("cross_entropy", wce::cross_entropy_tracer); }

@@ -1,0 +1,131 @@
+// bindings.cpp -- the module wce_torch._C: the fast entry of eager mode, and control of the CPU
+// kernels.
+#include <ATen/core/Tensor.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <string>
+#include <vector>
+
+#include "autograd.h"
+
+namespace py = pybind11;
+
+namespace wce {
+namespace {
+
+const OptTensor no_tensor;
+
+// ---- arguments as native takes them ------------------------------------------------------------
+
+[[noreturn]] void wrong_type(const char *name, int position, const char *expected,
+                             const py::handle &value) {
+  throw py::type_error("cross_entropy_loss(): argument '" + std::string(name) + "' (position " +
+                       std::to_string(position) + ") must be " + expected + ", not " +
+                       Py_TYPE(value.ptr())->tp_name);
+}
+
+// int, numpy integer, 0-d tensor, SymInt; not bool.
+c10::SymInt to_ignore_index(const py::handle &value) {
+  if (PyLong_CheckExact(value.ptr())) {
+    int overflow = 0;
+    const long long number = PyLong_AsLongLongAndOverflow(value.ptr(), &overflow);
+    if (overflow != 0) throw py::value_error("Overflow when unpacking long long");
+    return number;
+  }
+  if (PyBool_Check(value.ptr())) wrong_type("ignore_index", 5, "int", value);
+  py::detail::make_caster<c10::SymInt> caster;
+  if (!caster.load(value, true)) wrong_type("ignore_index", 5, "int", value);
+  return py::detail::cast_op<c10::SymInt>(caster);
+}
+
+// float, int, numpy number, 0-d tensor; no strings.
+double to_label_smoothing(const py::handle &value) {
+  if (PyFloat_CheckExact(value.ptr())) return PyFloat_AS_DOUBLE(value.ptr());
+  const double number = PyFloat_AsDouble(value.ptr());
+  if (number == -1.0 && PyErr_Occurred()) {
+    PyErr_Clear();
+    wrong_type("label_smoothing", 6, "float", value);
+  }
+  return number;
+}
+
+at::Tensor cross_entropy_entry(const at::Tensor &input, const at::Tensor &target,
+                               const OptTensor &weight, int64_t reduction,
+                               const py::handle &ignore_index, const py::handle &label_smoothing) {
+  c10::SymInt ignored = to_ignore_index(ignore_index);
+  const double smoothing = to_label_smoothing(label_smoothing);
+  py::gil_scoped_release release;
+  return cross_entropy(input, target, weight, reduction, std::move(ignored), smoothing, no_tensor,
+                       no_tensor, no_tensor, no_tensor, false, false, false);
+}
+
+// ("fused" | "composite" | "native", why) for tensors outside of transforms and traces.
+std::pair<std::string, std::string> route_entry(const at::Tensor &input, const at::Tensor &target,
+                                                const OptTensor &weight,
+                                                const OptTensor &log_prior,
+                                                const OptTensor &sample_weight,
+                                                const OptTensor &normalizer) {
+  const LossArgs args{input,     target,        weight,    WCE_MEAN,   0.0,
+                      log_prior, sample_weight, no_tensor, normalizer};
+  const Route route = route_loss(args);
+  static const char *const names[] = {"fused", "composite", "native"};
+  return {names[static_cast<int>(route.path)], route.why == nullptr ? "" : route.why};
+}
+
+// ---- CPU instruction sets ----------------------------------------------------------------------
+
+std::vector<std::string> cpu_isas() {
+  std::vector<std::string> names;
+  for (int i = 0; i < wce_cpu_isa_count(); i++)
+    if (wce_cpu_isa_supported(i)) names.emplace_back(wce_cpu_isa_name(i));
+  return names;
+}
+
+std::string get_cpu_isa() { return wce_cpu_isa_name(wce_cpu_isa_current()); }
+
+std::string choices() {
+  std::string text;
+  for (const std::string &name : cpu_isas()) text += (text.empty() ? "" : ", ") + name;
+  return text;
+}
+
+void set_cpu_isa(const std::optional<std::string> &name) {
+  if (wce_cpu_isa_select(name ? name->c_str() : nullptr) == 0) return;
+  throw py::value_error("instruction set '" + *name +
+                        "' is unknown, or this build or processor does not support it; here there "
+                        "are: " +
+                        choices());
+}
+
+void force_cpu_regime(const std::optional<std::string> &name) {
+  if (wce_cpu_regime_force(name ? name->c_str() : nullptr) == 0) return;
+  throw py::value_error("regime '" + *name + "' is unknown; there are: auto, tile, rows, split");
+}
+
+// What setup.py decided; it defines the macros.
+py::dict build_info() {
+  py::dict info;
+  info["version"] = WCE_BUILD_VERSION;
+  info["torch"] = WCE_BUILD_TORCH;
+  info["cuda"] = static_cast<bool>(WCE_BUILD_CUDA);
+  info["cuda_archs"] = WCE_BUILD_CUDA_ARCHS;
+  info["nvcc"] = WCE_BUILD_NVCC;
+  info["compiler"] = __VERSION__;
+  info["cpu_isas"] = cpu_isas();
+  return info;
+}
+
+}  // namespace
+}  // namespace wce
+
+PYBIND11_MODULE(_C, m) {
+  m.def("cross_entropy", wce::cross_entropy_entry);
+  m.def("leave_fused", [](const std::string &why) { wce::leave_fused(why.c_str()); });
+  m.def("route", wce::route_entry, py::arg("input"), py::arg("target"), py::arg("weight"),
+        py::arg("log_prior"), py::arg("sample_weight"), py::arg("normalizer"));
+  m.def("cpu_isas", wce::cpu_isas);
+  m.def("get_cpu_isa", wce::get_cpu_isa);
+  m.def("set_cpu_isa", wce::set_cpu_isa, py::arg("name") = py::none());
+  m.def("force_cpu_regime", wce::force_cpu_regime, py::arg("name") = py::none());
+  m.def("build_info", wce::build_info);
+}

@@ -1,0 +1,223 @@
+// ops_cpu.cpp -- the CPU kernels of the ops: check, allocate, call C in parallel, wrap.
+#include <ATen/EmptyTensor.h>
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/zeros_like.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <atomic>
+#include <limits>
+#include <vector>
+
+#include "ops.h"
+
+namespace wce {
+namespace {
+
+// Below about 32K elements (10 us) a second thread costs more than it brings.
+constexpr int64_t elements_per_chunk = 32768;
+
+at::Tensor empty(at::IntArrayRef sizes, at::ScalarType type) {
+  return at::detail::empty_cpu(sizes, type);
+}
+
+template <class Body>
+void for_each_task(const wce_plan &plan, const Body &body) {
+  const int64_t grain =
+      std::max<int64_t>(1, elements_per_chunk / std::max<int64_t>(1, plan.work_per_task));
+  at::parallel_for(0, plan.tasks, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; task++) body(task);
+  });
+}
+
+wce_sums run_forward(const Problem &problem, const wce_row_outputs &out) {
+  if (problem.rows == 0) return {0, 0, 0, -1};
+  const wce_plan plan = wce_cpu_plan(&problem.c);
+  c10::SmallVector<wce_sums, 8> sums(plan.tasks);
+  std::vector<wce_piece> pieces(plan.pieces);  // no allocation where a row is never split
+  for_each_task(plan, [&](int64_t task) {
+    wce_cpu_forward(&plan, &problem.c, &out, task, sums.data(), pieces.data());
+  });
+  return wce_cpu_finish(&plan, &problem.c, &out, sums.data(), pieces.data());
+}
+
+void run_backward(const Problem &problem, const wce_row_grads &grads) {
+  const wce_plan plan = wce_cpu_plan(&problem.c);
+  std::atomic<int64_t> bad_row{-1};
+  for_each_task(plan, [&](int64_t task) {
+    const int64_t bad = wce_cpu_backward(&plan, &problem.c, &grads, task);
+    if (bad >= 0) bad_row.store(bad, std::memory_order_relaxed);
+  });
+  const int64_t bad = bad_row.load();
+  if (bad >= 0) raise_bad_row(problem.c, problem.row_shape(), bad);
+}
+
+void set_value(const at::Tensor &scalar, double value) {
+  void *data = scalar.mutable_data_ptr();
+  switch (scalar.scalar_type()) {
+    case at::kFloat:
+      *static_cast<float *>(data) = static_cast<float>(value);
+      break;
+    case at::kDouble:
+      *static_cast<double *>(data) = value;
+      break;
+    case at::kBFloat16:
+      *static_cast<c10::BFloat16 *>(data) = static_cast<float>(value);
+      break;
+    default:
+      *static_cast<c10::Half *>(data) = static_cast<float>(value);
+  }
+}
+
+// Without classes no kernel runs: no row has anything to add up.
+void check_no_classes(const LossArgs &args, int64_t ignore_index) {
+  if (!is_soft(args.input, args.target))
+    check_target_values(args.input, args.target, ignore_index, std::nullopt);
+}
+
+LossAndStats forward_no_classes(const LossArgs &args, const Problem &problem, int64_t ignore_index,
+                                at::ScalarType type) {
+  check_no_classes(args, ignore_index);
+  constexpr double nan = std::numeric_limits<double>::quiet_NaN();
+  const bool smoothed = !is_soft(args.input, args.target) && args.label_smoothing > 0;
+  at::Tensor loss = empty({}, type), stats = empty({1}, problem.acc);
+  set_value(stats, 0);
+  set_value(loss, args.reduction == WCE_MEAN || (smoothed && problem.rows > 0) ? nan : 0.0);
+  if (args.reduction == WCE_NONE) loss = loss.expand(problem.row_shape()).contiguous();
+  return {std::move(loss), std::move(stats)};
+}
+
+// Type as stored; the pointers of m and L in stats = [denominator, m[rows], L[rows]].
+void set_stats_pointers(const at::Tensor &stats, const Problem &problem, void **max,
+                        void **log_sum) {
+  char *data = static_cast<char *>(stats.mutable_data_ptr());
+  const int64_t size = static_cast<int64_t>(stats.itemsize());
+  *max = data + size;
+  *log_sum = data + size * (1 + problem.rows);
+}
+
+LossAndStats forward_cpu(WCE_LOSS_PARAMS(int64_t)) {
+  const LossArgs args{input,     target,        weight, reduction,  label_smoothing,
+                      log_prior, sample_weight, mask,   normalizer, skip_empty};
+  check_loss(args, ignore_index);
+  const Problem problem(args, ignore_index);
+  const bool soft = problem.c.prob.data != nullptr || is_soft(input, target);
+  const at::ScalarType type = loss_type(input, target, weight, soft, out_fp32);
+  if (problem.c.classes == 0) return forward_no_classes(args, problem, ignore_index, type);
+
+  const bool saves = wce_saves_stats(problem.c.classes);
+  at::Tensor stats = empty({saves ? 1 + 2 * problem.rows : 1}, problem.acc);
+  at::Tensor loss = reduction == WCE_NONE ? empty(problem.row_shape(), type) : empty({}, type);
+  wce_row_outputs out{};
+  if (saves) set_stats_pointers(stats, problem, &out.max, &out.log_sum);
+  if (reduction == WCE_NONE) out.loss = loss.mutable_data_ptr();
+  out.loss_dtype = dtype_of(type);
+
+  const wce_sums sums = run_forward(problem, out);
+  if (sums.bad_row >= 0) raise_bad_row(problem.c, target.sizes(), sums.bad_row);
+  const double denominator = normalizer ? normalizer->item().toDouble() : sums.weight;
+  set_value(stats, denominator);
+  if (reduction == WCE_SUM) set_value(loss, sums.loss);
+  if (reduction == WCE_MEAN)
+    set_value(loss, empty_zero && sums.count == 0 ? 0.0 : sums.loss / denominator);
+  return {std::move(loss), std::move(stats)};
+}
+
+at::Tensor backward_cpu(WCE_BACKWARD_PARAMS(int64_t)) {
+  const OptTensor none;
+  const LossArgs args{input,     target,        weight, reduction, label_smoothing,
+                      log_prior, sample_weight, mask,   none,      skip_empty};
+  check_backward(args, ignore_index, grad, stats);
+  const Problem problem(args, ignore_index);
+  Gradient dx(input, problem);
+  if (problem.rows == 0 || problem.c.classes == 0) return dx.finish();
+
+  wce_row_grads grads{};
+  grads.dx = dx.view();
+  if (wce_saves_stats(problem.c.classes)) {
+    void *max, *log_sum;
+    set_stats_pointers(stats, problem, &max, &log_sum);
+    grads.max = max;
+    grads.log_sum = log_sum;
+  }
+  c10::MaybeOwned<at::Tensor> grad_owner;
+  set_grad(grads, grad, grad_owner);
+  if (reduction == WCE_MEAN) grads.denominator = stats.const_data_ptr();
+  run_backward(problem, grads);
+  return dx.finish();
+}
+
+// ---- rows --------------------------------------------------------------------------------------
+
+RowsResult rows_forward_cpu(WCE_ROWS_PARAMS(int64_t)) {
+  const RowsArgs args{input, target, target2, target_prob, weight, log_prior,
+                      mask,  spike,  floor,   soft,        skip_empty};
+  check_rows(args);
+  const Problem problem(args, ignore_index);
+  TORCH_CHECK(problem.c.classes > 0, "input: expected at least one class, got shape ",
+              input.sizes());
+  const auto shape = problem.row_shape();
+  const at::ScalarType acc = problem.acc;
+  const auto wanted = [&](bool asked, at::ScalarType type) {
+    return asked ? empty(shape, type) : empty({0}, type);
+  };
+  at::Tensor loss = empty(shape, acc), stats = empty({2, problem.rows}, acc);
+  at::Tensor lse = empty(shape, acc), entropies = wanted(entropy, acc);
+  at::Tensor log_prob = wanted(target.has_value(), acc), log_prob2 = wanted(target2.has_value(), acc);
+  at::Tensor correct = wanted(target.has_value(), at::kBool);
+
+  const auto pointer = [](const at::Tensor &tensor, bool asked) {
+    return asked ? tensor.mutable_data_ptr() : nullptr;
+  };
+  wce_row_outputs out{};
+  out.max = stats.mutable_data_ptr();
+  out.log_sum = static_cast<char *>(out.max) + problem.rows * static_cast<int64_t>(stats.itemsize());
+  out.loss = loss.mutable_data_ptr();
+  out.loss_dtype = dtype_of(acc);
+  out.lse = lse.mutable_data_ptr();
+  out.log_prob = pointer(log_prob, target.has_value());
+  out.log_prob2 = pointer(log_prob2, target2.has_value());
+  out.entropy = pointer(entropies, entropy);
+  out.correct = static_cast<uint8_t *>(pointer(correct, target.has_value()));
+  const wce_sums sums = run_forward(problem, out);
+  if (sums.bad_row >= 0) raise_bad_row(problem.c, shape, sums.bad_row);
+  return {loss, stats, lse, log_prob, log_prob2, entropies, correct};
+}
+
+at::Tensor rows_backward_cpu(WCE_ROWS_BACKWARD_PARAMS(int64_t)) {
+  const RowsArgs args{input, target, target2, target_prob, weight, log_prior,
+                      mask,  spike,  floor,   soft,        skip_empty};
+  check_rows_backward(args, stats, grad_loss, grad_lse, grad_log_prob, grad_log_prob2);
+  const Problem problem(args, ignore_index);
+  Gradient dx(input, problem);
+  if (problem.rows == 0 || problem.c.classes == 0) return dx.finish();
+
+  wce_row_grads grads{};
+  grads.dx = dx.view();
+  grads.max = stats.const_data_ptr();
+  grads.log_sum =
+      static_cast<const char *>(grads.max) + problem.rows * static_cast<int64_t>(stats.itemsize());
+  c10::MaybeOwned<at::Tensor> loss_owner, lse_owner, log_prob_owner, log_prob2_owner;
+  if (grad_loss) set_grad(grads, *grad_loss, loss_owner);
+  const auto as_acc = [&](const OptTensor &grad, c10::MaybeOwned<at::Tensor> &owner) {
+    if (!grad) return static_cast<const void *>(nullptr);
+    owner = rows_as(*grad, problem.acc);
+    return owner->const_data_ptr();
+  };
+  grads.grad_lse = as_acc(grad_lse, lse_owner);
+  grads.grad_log_prob = as_acc(grad_log_prob, log_prob_owner);
+  grads.grad_log_prob2 = as_acc(grad_log_prob2, log_prob2_owner);
+  run_backward(problem, grads);
+  return dx.finish();
+}
+
+}  // namespace
+}  // namespace wce
+
+TORCH_LIBRARY_IMPL(wce, CPU, m) {
+  m.impl("forward", wce::forward_cpu);
+  m.impl("backward", wce::backward_cpu);
+  m.impl("rows_forward", wce::rows_forward_cpu);
+  m.impl("rows_backward", wce::rows_backward_cpu);
+}

@@ -1,0 +1,268 @@
+// ops_cuda.cpp -- the CUDA kernels of the ops: check, allocate, launch on the current stream, wrap.
+//
+// No CUDA header here, so that the file also builds against a torch without CUDA: the stream comes
+// from torch's device-independent interface, the launchers are the C functions of wce_cuda.h.
+// Nothing waits for the device, unless WCE_CHECK_TARGETS=sync asks for exceptions at once.
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
+#include <c10/core/DeviceGuard.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
+#include <torch/library.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+
+#include "../cuda/wce_cuda.h"
+#include "ops.h"
+
+namespace wce {
+namespace {
+
+using at::Tensor;
+
+// The current stream of a device, as the CUDA runtime knows it.
+void *current_stream(const at::Device &device) {
+  const c10::impl::VirtualGuardImpl guard(device.type());
+  return reinterpret_cast<void *>(guard.getStream(device).native_handle());
+}
+
+void check_launch(const wce_cuda_status &status) {
+  TORCH_CHECK(status.code == 0, "wce_torch: CUDA kernel ", status.kernel, " failed: ", status.text,
+              " (error ", status.code, ")",
+              status.code == 209 || status.code == 222  // no image, or PTX too new for the driver
+                  ? ". Build wce_torch again with TORCH_CUDA_ARCH_LIST set for this GPU."
+                  : "");
+}
+
+// Device memory of the caching allocator. It may be let go right after the launch: whoever gets it
+// next works on the same stream, later.
+Tensor device_bytes(const Tensor &like, size_t bytes) {
+  return at::empty({static_cast<int64_t>(bytes)}, like.options().dtype(at::kByte));
+}
+
+// Where kernels record a bad target, or nothing: then they stop the device themselves.
+class TargetCheck {
+ public:
+  TargetCheck(const Tensor &like, void *stream) : stream_(stream) {
+    const char *mode = std::getenv("WCE_CHECK_TARGETS");
+    if (mode && std::strcmp(mode, "sync") == 0 && !wce_cuda_is_capturing(stream))
+      bad_ = at::empty({1}, like.options().dtype(at::kLong));
+  }
+  uint64_t *row() const {
+    return bad_.defined() ? static_cast<uint64_t *>(bad_.mutable_data_ptr()) : nullptr;
+  }
+  // Waits for the stream, and raises IndexError for the first bad row.
+  void finish(const wce_problem &problem, at::IntArrayRef shape) const {
+    if (!bad_.defined() || (!problem.target && !problem.target2)) return;
+    uint64_t bad = 0;
+    check_launch(wce_cuda_read(&bad, bad_.const_data_ptr(), sizeof bad, stream_));
+    if (bad == std::numeric_limits<uint64_t>::max()) return;
+    const auto row = static_cast<int64_t>(bad);
+    int64_t value = problem.ignore_index;
+    if (problem.target) value = read(problem.target + row);
+    const bool is_class = value >= 0 && value < problem.classes;
+    if (problem.target2 && (is_class || value == problem.ignore_index))
+      value = read(problem.target2 + row);
+    raise_bad_target(value, row, shape, problem.classes);
+  }
+
+ private:
+  int64_t read(const int64_t *from) const {
+    int64_t value = 0;
+    check_launch(wce_cuda_read(&value, from, sizeof value, stream_));
+    return value;
+  }
+  Tensor bad_;
+  void *stream_;
+};
+
+void run_forward(const Problem &problem, const Tensor &input, const wce_row_outputs &out,
+                 const wce_cuda_total &total, at::IntArrayRef target_shape) {
+  void *stream = current_stream(input.device());
+  const TargetCheck check(input, stream);
+  const wce_cuda_plan plan = wce_cuda_forward_plan(&problem.c);
+  const Tensor workspace = device_bytes(input, wce_cuda_forward_workspace(&plan, &problem.c));
+  check_launch(wce_cuda_forward(&plan, &problem.c, &out, &total, workspace.mutable_data_ptr(),
+                                check.row(), stream));
+  check.finish(problem.c, target_shape);
+}
+
+void run_backward(const Problem &problem, const Tensor &input, const wce_row_grads &grads) {
+  void *stream = current_stream(input.device());
+  const TargetCheck check(input, stream);  // forward has raised: here a bad row is just 0
+  const wce_cuda_plan plan = wce_cuda_backward_plan(&problem.c, &grads);
+  const Tensor workspace =
+      device_bytes(input, wce_cuda_backward_workspace(&plan, &problem.c, &grads));
+  check_launch(wce_cuda_backward(&plan, &problem.c, &grads, workspace.mutable_data_ptr(),
+                                 check.row(), stream));
+}
+
+// m and L in stats = [denominator, m[rows], L[rows]].
+template <class Pointer>
+void set_stats_pointers(const Tensor &stats, int64_t first, int64_t rows, Pointer *max,
+                        Pointer *log_sum) {
+  char *data = static_cast<char *>(const_cast<void *>(stats.const_data_ptr()));
+  const int64_t size = static_cast<int64_t>(stats.itemsize());
+  *max = data + size * first;
+  *log_sum = data + size * (first + rows);
+}
+
+// Without classes there is nothing to add up, but an index target can still be wrong.
+LossAndStats forward_no_classes(const LossArgs &args, Problem &problem, at::ScalarType type) {
+  const bool soft = is_soft(args.input, args.target);
+  const auto options = args.input.options();
+  if (!soft && problem.rows > 0) {
+    problem.c.outer = problem.rows;
+    problem.c.inner = 1;
+    problem.c.weight = problem.c.prior = nullptr;
+    run_forward(problem, args.input, {}, {}, args.target.sizes());
+  }
+  const bool smoothed = !soft && args.label_smoothing > 0 && problem.rows > 0;
+  const double value =
+      args.reduction == WCE_MEAN || smoothed ? std::numeric_limits<double>::quiet_NaN() : 0.0;
+  const at::IntArrayRef scalar;
+  return {at::full(args.reduction == WCE_NONE ? problem.row_shape() : scalar, value,
+                   options.dtype(type)),
+          at::full({1}, 0, options.dtype(problem.acc))};
+}
+
+// The caller's denominator in device memory. A number that lives on the CPU travels as an argument
+// of a fill kernel, not as a copy.
+Tensor normalizer_on(const Tensor &input, const Tensor &normalizer, at::ScalarType acc) {
+  if (normalizer.is_cpu()) return at::full({}, normalizer.item(), input.options().dtype(acc));
+  return *rows_as(normalizer, acc);
+}
+
+LossAndStats forward_cuda(WCE_LOSS_PARAMS(int64_t)) {
+  const LossArgs args{input,     target,        weight, reduction,  label_smoothing,
+                      log_prior, sample_weight, mask,   normalizer, skip_empty};
+  check_loss(args, ignore_index);
+  const c10::DeviceGuard guard(input.device());
+  Problem problem(args, ignore_index);
+  const at::ScalarType type =
+      loss_type(input, target, weight, is_soft(input, target), out_fp32);
+  if (problem.c.classes == 0) return forward_no_classes(args, problem, type);
+
+  const auto options = input.options();
+  const bool saves = wce_saves_stats(problem.c.classes);
+  const Tensor stats =
+      at::empty({saves ? 1 + 2 * problem.rows : 1}, options.dtype(problem.acc));
+  const at::IntArrayRef scalar;
+  const Tensor loss = at::empty(reduction == WCE_NONE ? problem.row_shape() : scalar,
+                                options.dtype(type));
+  wce_row_outputs out{};
+  out.loss_dtype = dtype_of(type);
+  if (saves) set_stats_pointers(stats, 1, problem.rows, &out.max, &out.log_sum);
+  if (reduction == WCE_NONE) out.loss = loss.mutable_data_ptr();
+
+  wce_cuda_total total{};
+  total.reduction = static_cast<wce_reduction>(reduction);
+  total.empty_zero = empty_zero;
+  Tensor given;
+  if (normalizer) {
+    given = normalizer_on(input, *normalizer, problem.acc);
+    total.normalizer = given.const_data_ptr();
+  }
+  total.loss = loss.mutable_data_ptr();
+  total.loss_dtype = dtype_of(type);
+  total.denominator = stats.mutable_data_ptr();
+  run_forward(problem, input, out, total, target.sizes());
+  return {loss, stats};
+}
+
+Tensor backward_cuda(WCE_BACKWARD_PARAMS(int64_t)) {
+  const OptTensor none;
+  const LossArgs args{input,     target,        weight, reduction, label_smoothing,
+                      log_prior, sample_weight, mask,   none,      skip_empty};
+  check_backward(args, ignore_index, grad, stats);
+  const c10::DeviceGuard guard(input.device());
+  const Problem problem(args, ignore_index);
+  Gradient dx(input, problem);
+  if (problem.rows == 0 || problem.c.classes == 0) return dx.finish();
+
+  wce_row_grads grads{};
+  grads.dx = dx.view();
+  if (wce_saves_stats(problem.c.classes))
+    set_stats_pointers(stats, 1, problem.rows, &grads.max, &grads.log_sum);
+  c10::MaybeOwned<Tensor> grad_owner;
+  set_grad(grads, grad, grad_owner);
+  if (reduction == WCE_MEAN) grads.denominator = stats.const_data_ptr();
+  run_backward(problem, input, grads);
+  return dx.finish();
+}
+
+// ---- rows --------------------------------------------------------------------------------------
+
+RowsResult rows_forward_cuda(WCE_ROWS_PARAMS(int64_t)) {
+  const RowsArgs args{input, target, target2, target_prob, weight, log_prior,
+                      mask,  spike,  floor,   soft,        skip_empty};
+  check_rows(args);
+  const c10::DeviceGuard guard(input.device());
+  const Problem problem(args, ignore_index);
+  TORCH_CHECK(problem.c.classes > 0, "input: expected at least one class, got shape ",
+              input.sizes());
+  const auto shape = problem.row_shape();
+  const at::ScalarType acc = problem.acc;
+  const auto options = input.options();
+  const auto wanted = [&](bool asked, at::ScalarType type) {
+    return asked ? at::empty(shape, options.dtype(type)) : at::empty({0}, options.dtype(type));
+  };
+  const Tensor loss = wanted(true, acc), lse = wanted(true, acc), entropies = wanted(entropy, acc);
+  const Tensor stats = at::empty({2, problem.rows}, options.dtype(acc));
+  const Tensor log_prob = wanted(target.has_value(), acc);
+  const Tensor log_prob2 = wanted(target2.has_value(), acc);
+  const Tensor correct = wanted(target.has_value(), at::kBool);
+
+  const auto pointer = [](const Tensor &tensor, bool asked) {
+    return asked ? tensor.mutable_data_ptr() : nullptr;
+  };
+  wce_row_outputs out{};
+  set_stats_pointers(stats, 0, problem.rows, &out.max, &out.log_sum);
+  out.loss = loss.mutable_data_ptr();
+  out.loss_dtype = dtype_of(acc);
+  out.lse = lse.mutable_data_ptr();
+  out.log_prob = pointer(log_prob, target.has_value());
+  out.log_prob2 = pointer(log_prob2, target2.has_value());
+  out.entropy = pointer(entropies, entropy);
+  out.correct = static_cast<uint8_t *>(pointer(correct, target.has_value()));
+  run_forward(problem, input, out, {}, shape);
+  return {loss, stats, lse, log_prob, log_prob2, entropies, correct};
+}
+
+Tensor rows_backward_cuda(WCE_ROWS_BACKWARD_PARAMS(int64_t)) {
+  const RowsArgs args{input, target, target2, target_prob, weight, log_prior,
+                      mask,  spike,  floor,   soft,        skip_empty};
+  check_rows_backward(args, stats, grad_loss, grad_lse, grad_log_prob, grad_log_prob2);
+  const c10::DeviceGuard guard(input.device());
+  const Problem problem(args, ignore_index);
+  Gradient dx(input, problem);
+  if (problem.rows == 0 || problem.c.classes == 0) return dx.finish();
+
+  wce_row_grads grads{};
+  grads.dx = dx.view();
+  set_stats_pointers(stats, 0, problem.rows, &grads.max, &grads.log_sum);
+  c10::MaybeOwned<Tensor> loss_owner, lse_owner, log_prob_owner, log_prob2_owner;
+  if (grad_loss) set_grad(grads, *grad_loss, loss_owner);
+  const auto as_acc = [&](const OptTensor &one, c10::MaybeOwned<Tensor> &owner) {
+    if (!one) return static_cast<const void *>(nullptr);
+    owner = rows_as(*one, problem.acc);
+    return owner->const_data_ptr();
+  };
+  grads.grad_lse = as_acc(grad_lse, lse_owner);
+  grads.grad_log_prob = as_acc(grad_log_prob, log_prob_owner);
+  grads.grad_log_prob2 = as_acc(grad_log_prob2, log_prob2_owner);
+  run_backward(problem, input, grads);
+  return dx.finish();
+}
+
+}  // namespace
+}  // namespace wce
+
+TORCH_LIBRARY_IMPL(wce, CUDA, m) {
+  m.impl("forward", wce::forward_cuda);
+  m.impl("backward", wce::backward_cuda);
+  m.impl("rows_forward", wce::rows_forward_cuda);
+  m.impl("rows_backward", wce::rows_backward_cuda);
+}

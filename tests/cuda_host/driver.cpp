@@ -1,0 +1,206 @@
+// driver.cpp -- runs cases of the CUDA operator on the host shim.
+//
+// driver SEED [PLACE] <cases >results. PLACE: the barrier or bounds check to leave out.
+// A case is 64 numbers of 64 bits (enum field), then the arrays (enum array), each as a length in
+// bytes (-1: absent) and its content; a result is the arrays of enum result in the same form.
+// Every array is copied to memory of exactly its size, so that the sanitizers see each access
+// beyond it.
+#include <sanitizer/asan_interface.h>
+
+#include <vector>
+
+#include "cuda_runtime.h"
+#include "wce_cuda.h"
+
+namespace {
+
+enum field {
+  DTYPE, OUTER, CLASSES, INNER, X_OUTER, X_CLASS, X_INNER, X_AT,
+  PROB_DTYPE, PROB_OUTER, PROB_CLASS, PROB_INNER, PROB_AT,
+  DX_OUTER, DX_CLASS, DX_INNER, DX_AT, DX_BYTES,
+  IGNORE, SKIP_EMPTY, REDUCTION, EMPTY_ZERO, LOSS_DTYPE, OUTPUTS, CHECK,
+  GRAD_DTYPE, GRAD_STRIDE, SAVED, HAS_DENOMINATOR,
+  REGIME, THREADS, LANES, TILE, COLUMNS, BLOCKS,
+  SPIKE, FLOOR, SOFT, FIELDS = 64
+};
+enum array {
+  X, TARGET, TARGET2, PROB, WEIGHT, PRIOR, SAMPLE_WEIGHT, MASK, NORMALIZER,
+  GRAD, GRAD_LSE, GRAD_LOG_PROB, GRAD_LOG_PROB2, ARRAYS
+};
+// Bits of OUTPUTS.
+enum { ROW_LOSS = 1, STATISTICS = 2, ROW_RESULTS = 4, ENTROPIES = 8, BACKWARD = 16 };
+
+// Memory for n bytes whose last byte is the last one that may be touched. skew: bytes by which it
+// misses a 16-byte boundary.
+struct buffer {
+  unsigned char *base = nullptr, *data = nullptr;
+  size_t bytes = 0;
+
+  void allocate(size_t n, size_t skew = 0) {
+    bytes = n;
+    void *memory = nullptr;
+    if (posix_memalign(&memory, 16, n + skew ? n + skew : 1)) abort();
+    base = static_cast<unsigned char *>(memory);
+    data = base + skew;
+    memset(base, 0xff, n + skew);
+    if (skew) ASAN_POISON_MEMORY_REGION(base, skew / 8 * 8);
+  }
+  ~buffer() {
+    if (base && data != base) ASAN_UNPOISON_MEMORY_REGION(base, data - base);
+    free(base);
+  }
+};
+
+bool read_exactly(void *to, size_t bytes) { return fread(to, 1, bytes, stdin) == bytes; }
+
+void read_array(buffer &b, size_t skew) {
+  int64_t n;
+  if (!read_exactly(&n, sizeof n)) abort();
+  if (n < 0) return;
+  b.allocate(static_cast<size_t>(n), skew);
+  if (!read_exactly(b.data, b.bytes)) abort();
+}
+
+void write_array(const buffer &b) {
+  const int64_t n = b.data ? static_cast<int64_t>(b.bytes) : -1;
+  fwrite(&n, sizeof n, 1, stdout);
+  if (n > 0) fwrite(b.data, 1, b.bytes, stdout);
+}
+
+double as_double(int64_t bits) {
+  double x;
+  memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+void must(const wce_cuda_status &status) {
+  if (status.code == 0) return;
+  fprintf(stderr, "%s: %s\n", status.kernel, status.text);
+  exit(4);
+}
+
+size_t size_of(int64_t dtype) { return dtype == WCE_F64 ? 8 : dtype == WCE_F32 ? 4 : 2; }
+
+struct test_case {
+  int64_t f[FIELDS];
+  buffer in[ARRAYS];
+  wce_problem p = {};
+  size_t acc = 4, rows = 0;
+
+  bool read() {
+    if (!read_exactly(f, sizeof f)) return false;
+    const size_t x_size = size_of(f[DTYPE]), prob_size = size_of(f[PROB_DTYPE]);
+    for (int k = 0; k < ARRAYS; ++k)
+      read_array(in[k], k == X ? f[X_AT] * x_size % 16 : k == PROB ? f[PROB_AT] * prob_size % 16 : 0);
+    acc = f[DTYPE] == WCE_F64 ? 8 : 4;
+    rows = static_cast<size_t>(f[OUTER] * f[INNER]);
+    p.dtype = static_cast<wce_dtype>(f[DTYPE]);
+    p.outer = f[OUTER];
+    p.classes = f[CLASSES];
+    p.inner = f[INNER];
+    p.logits = {in[X].data, f[X_OUTER], f[X_CLASS], f[X_INNER]};
+    p.target = reinterpret_cast<const int64_t *>(in[TARGET].data);
+    p.target2 = reinterpret_cast<const int64_t *>(in[TARGET2].data);
+    p.prob = {in[PROB].data, f[PROB_OUTER], f[PROB_CLASS], f[PROB_INNER]};
+    p.prob_dtype = static_cast<wce_dtype>(f[PROB_DTYPE]);
+    p.weight = in[WEIGHT].data;
+    p.prior = in[PRIOR].data;
+    p.sample_weight = in[SAMPLE_WEIGHT].data;
+    p.mask = in[MASK].data;
+    p.spike = as_double(f[SPIKE]);
+    p.floor = as_double(f[FLOOR]);
+    p.soft = as_double(f[SOFT]);
+    p.ignore_index = f[IGNORE];
+    p.skip_empty = static_cast<int32_t>(f[SKIP_EMPTY]);
+    return true;
+  }
+
+  // What the test wants in place of the plan's own choice; -1: nothing.
+  wce_cuda_plan adapt(wce_cuda_plan plan) const {
+    if (f[REGIME] >= 0) plan.regime = static_cast<wce_cuda_regime>(f[REGIME]);
+    if (f[THREADS] > 0) plan.threads = static_cast<int32_t>(f[THREADS]);
+    if (f[LANES] > 0) plan.lanes = static_cast<int32_t>(f[LANES]);
+    if (f[TILE] > 0) plan.tile = f[TILE];
+    if (f[COLUMNS] > 0) {
+      plan.columns = f[COLUMNS];
+      plan.chunks = (p.classes + plan.columns - 1) / plan.columns;
+    }
+    if (f[BLOCKS] > 0) plan.blocks = f[BLOCKS];
+    return plan;
+  }
+
+  void run() {
+    buffer loss, denominator, max, log_sum, row_loss, lse, log_prob, log_prob2, entropy, correct;
+    buffer bad, dx;
+    const int64_t wants = f[OUTPUTS];
+    loss.allocate(size_of(f[LOSS_DTYPE]));
+    denominator.allocate(acc);
+    if (wants & (STATISTICS | BACKWARD)) {
+      max.allocate(rows * acc);
+      log_sum.allocate(rows * acc);
+    }
+    if (wants & ROW_LOSS) row_loss.allocate(rows * size_of(f[LOSS_DTYPE]));
+    if (wants & ROW_RESULTS) {
+      lse.allocate(rows * acc);
+      log_prob.allocate(rows * acc);
+      log_prob2.allocate(rows * acc);
+      correct.allocate(rows);
+    }
+    if (wants & ENTROPIES) entropy.allocate(rows * acc);
+    if (f[CHECK]) bad.allocate(8);
+
+    const wce_row_outputs out = {max.data,      log_sum.data,  row_loss.data,
+                                 static_cast<wce_dtype>(f[LOSS_DTYPE]),
+                                 lse.data,      log_prob.data, log_prob2.data,
+                                 entropy.data,  correct.data};
+    const wce_cuda_total total = {static_cast<wce_reduction>(f[REDUCTION]),
+                                  static_cast<int32_t>(f[EMPTY_ZERO]), in[NORMALIZER].data,
+                                  loss.data, static_cast<wce_dtype>(f[LOSS_DTYPE]),
+                                  denominator.data};
+    {
+      const wce_cuda_plan plan = adapt(wce_cuda_forward_plan(&p));
+      buffer workspace;
+      workspace.allocate(wce_cuda_forward_workspace(&plan, &p));
+      must(wce_cuda_forward(&plan, &p, &out, &total, workspace.data,
+                            reinterpret_cast<uint64_t *>(bad.data), nullptr));
+    }
+    if (wants & BACKWARD) {
+      dx.allocate(static_cast<size_t>(f[DX_BYTES]), f[DX_AT] * size_of(f[DTYPE]) % 16);
+      wce_row_grads g = {};
+      g.dx = {dx.data, f[DX_OUTER], f[DX_CLASS], f[DX_INNER]};
+      if (f[SAVED]) {
+        g.max = max.data;
+        g.log_sum = log_sum.data;
+      }
+      g.grad = in[GRAD].data;
+      g.grad_dtype = static_cast<wce_dtype>(f[GRAD_DTYPE]);
+      g.grad_stride = f[GRAD_STRIDE];
+      g.denominator = f[HAS_DENOMINATOR] ? denominator.data : nullptr;
+      g.grad_lse = in[GRAD_LSE].data;
+      g.grad_log_prob = in[GRAD_LOG_PROB].data;
+      g.grad_log_prob2 = in[GRAD_LOG_PROB2].data;
+      const wce_cuda_plan plan = adapt(wce_cuda_backward_plan(&p, &g));
+      buffer workspace;
+      workspace.allocate(wce_cuda_backward_workspace(&plan, &p, &g));
+      must(wce_cuda_backward(&plan, &p, &g, workspace.data,
+                             reinterpret_cast<uint64_t *>(bad.data), nullptr));
+    }
+    for (const buffer *b : {&loss, &denominator, &max, &log_sum, &row_loss, &lse, &log_prob,
+                            &log_prob2, &entropy, &correct, &bad, &dx})
+      write_array(*b);
+  }
+};
+
+}  // namespace
+
+int main(int argc, char **argv) {
+  shim::seed(argc > 1 ? static_cast<unsigned>(atoi(argv[1])) : 0);
+  if (argc > 2) shim::leave_out(argv[2]);
+  for (;;) {
+    test_case one;
+    if (!one.read()) break;
+    one.run();
+  }
+  fflush(stdout);
+  return 0;
+}

@@ -1,0 +1,44 @@
+"""The compiled module: the entry of eager mode, and control of the CPU kernels."""
+
+from typing import Any
+
+from torch import Tensor
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: int,
+    ignore_index: int,
+    label_smoothing: float,
+    /,
+) -> Tensor:
+    """The loss; reduction is 0 none, 1 mean, 2 sum."""
+
+def route(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    log_prior: Tensor | None,
+    sample_weight: Tensor | None,
+    normalizer: Tensor | None,
+) -> tuple[str, str]:
+    """("fused" | "composite" | "native", why) of a call without transforms and traces."""
+
+def leave_fused(why: str, /) -> None:
+    """Raises a RuntimeError if the environment has WCE_STRICT=1."""
+
+def cpu_isas() -> list[str]:
+    """Instruction sets that this build, processor and system support, weakest first."""
+
+def get_cpu_isa() -> str:
+    """The instruction set in use."""
+
+def set_cpu_isa(name: str | None = None) -> None:
+    """Uses an instruction set, or the best with None. ValueError where it is not in cpu_isas()."""
+
+def force_cpu_regime(name: str | None = None) -> None:
+    """For tests: "tile", "rows" or "split" where the layout allows it; None: by the table."""
+
+def build_info() -> dict[str, Any]:
+    """version, torch, cuda, cuda_archs, nvcc, compiler, cpu_isas."""

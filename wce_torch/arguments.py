@@ -1,0 +1,176 @@
+"""Arguments as users give them -> tensors as the operators take them.
+
+An error names the argument, what was expected and what came. Shapes and devices are checked by the
+operators, which know the logits' shape in every case.
+"""
+
+import math
+import numbers
+import operator
+from typing import NamedTuple
+
+import torch
+
+EMPTY = ("nan", "zero")
+
+
+def describe(value):
+    if isinstance(value, torch.Tensor):
+        return f"{value.dtype} tensor of shape {list(value.shape)}"
+    return f"{type(value).__name__} {value!r}"
+
+
+def reduction_code(reduction, size_average=None, reduce=None):
+    """0 none, 1 mean, 2 sum; torch's own deprecation warnings and errors."""
+    if size_average is not None or reduce is not None:
+        reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
+    return torch.nn._reduction.get_enum(reduction)
+
+
+def index_number(ignore_index):
+    """An int (or SymInt) from int, numpy integer or 0-d tensor."""
+    if isinstance(ignore_index, (int, torch.SymInt)) and not isinstance(ignore_index, bool):
+        return ignore_index
+    try:
+        if not isinstance(ignore_index, bool):
+            return operator.index(ignore_index)
+    except TypeError:
+        pass
+    raise TypeError(f"ignore_index must be int, not {type(ignore_index).__name__}")
+
+
+def real_number(value, name):
+    """A float from int, float, numpy number or 0-d tensor."""
+    if isinstance(value, (float, int)):
+        return value
+    if isinstance(value, (str, bytes)) or not hasattr(value, "__float__"):
+        raise TypeError(f"{name} must be float, not {type(value).__name__}")
+    return float(value)
+
+
+def acc_type(input):
+    """The type of all arithmetic for these logits."""
+    return torch.float64 if input.dtype == torch.float64 else torch.float32
+
+
+def empty_zero(empty):
+    if empty not in EMPTY:
+        raise ValueError(f"empty: expected 'nan' or 'zero', got {empty!r}")
+    return empty == "zero"
+
+
+def is_readable(tensor):
+    """Whether values may be looked at without waiting for a device and outside of traces."""
+    return tensor.device.type == "cpu" and not (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or type(tensor) not in (torch.Tensor, torch.nn.Parameter)
+        or torch._C._len_torch_dispatch_stack()
+    )
+
+
+def check_tau(tau):
+    tau = real_number(tau, "tau")
+    if not (math.isfinite(tau) and tau >= 0):
+        raise ValueError(f"tau: expected a finite number that is not negative, got {tau!r}")
+    return tau
+
+
+class LogPrior(NamedTuple):
+    """log(q / sum q) of a prior that was checked before; modules keep it."""
+
+    values: torch.Tensor
+
+
+def log_prior(class_prior, device=None):
+    """log(q / sum q) of shape (C) from counts or probabilities."""
+    q = class_prior
+    if isinstance(q, LogPrior):
+        return q.values
+    if not isinstance(q, torch.Tensor):
+        q = torch.as_tensor(q, dtype=torch.float64, device=device)
+    if q.dim() != 1 or q.is_complex() or q.dtype == torch.bool or q.numel() == 0:
+        raise ValueError(
+            "class_prior: expected counts or probabilities of shape [C], one per class, got "
+            + describe(q)
+        )
+    if is_readable(q):
+        _check_prior_values(q.detach())
+    q = q.double() if q.device.type in ("cpu", "cuda") else q.float()
+    return (q / q.sum()).log()
+
+
+def _check_prior_values(q):
+    bad = ~(torch.isfinite(q) & (q >= 0))
+    if bad.any():
+        place = int(bad.nonzero()[0])
+        raise ValueError(
+            "class_prior: expected finite values that are not negative, got "
+            f"{q[place].item()} for class {place}"
+        )
+    if not q.any():
+        raise ValueError("class_prior: expected a value above 0 for some class, all are 0")
+
+
+def scaled_log_prior(class_prior, tau, input):
+    """tau * log q in the type in which the kernels add it to the logits; None for tau = 0."""
+    log_q = log_prior(class_prior, input.device)
+    tau = check_tau(tau)
+    if input.dim() and log_q.shape[0] != input.shape[0 if input.dim() == 1 else 1]:
+        raise ValueError(
+            f"class_prior: expected one value per class for logits of shape {list(input.shape)}, "
+            f"got shape {list(log_q.shape)}"
+        )
+    if log_q.device != input.device:
+        raise RuntimeError(
+            "Expected all tensors to be on the same device, but class_prior "
+            f"({log_q.device}) is not on the expected device {input.device}"
+        )
+    return (log_q * tau).to(acc_type(input)) if tau else None
+
+
+def per_row(value, name, kind):
+    """A tensor argument with one value per row."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name}: expected a {kind} tensor, got {describe(value)}")
+    return value
+
+
+def normalizer_tensor(normalizer, input):
+    if isinstance(normalizer, torch.Tensor):
+        if normalizer.dim() == 0 and normalizer.device != input.device:
+            return normalizer.to(input.device, non_blocking=True)
+        return normalizer
+    if isinstance(normalizer, bool) or not isinstance(normalizer, numbers.Real):
+        raise TypeError(
+            f"normalizer: expected a number or a 0-d tensor, got {describe(normalizer)}"
+        )
+    return torch.full((), float(normalizer), dtype=acc_type(input), device=input.device)
+
+
+def mixing_shares(lam, rows):
+    """(lam, 1 - lam) that broadcast against one value per row."""
+    if not isinstance(lam, torch.Tensor):
+        lam = real_number(lam, "lam")
+        if not 0 <= lam <= 1:
+            raise ValueError(f"lam: expected a number from 0 to 1, got {lam!r}")
+        return lam, 1 - lam
+    per_sample = rows.shape[:1]
+    if lam.dim() == 1 and rows.dim() > 1 and lam.shape == per_sample:
+        lam = lam.reshape([-1] + [1] * (rows.dim() - 1))
+    elif lam.dim() and lam.shape != rows.shape:
+        raise ValueError(
+            f"lam: expected a number, or a tensor of shape {list(per_sample)} (one value per "
+            f"sample) or {list(rows.shape)} (one per row), got {describe(lam)}"
+        )
+    if not lam.is_floating_point():
+        raise ValueError(f"lam: expected a floating point tensor, got {describe(lam)}")
+    if lam.device != rows.device and lam.dim():
+        raise RuntimeError(
+            f"Expected all tensors to be on the same device, but lam ({lam.device}) is not on the "
+            f"expected device {rows.device}"
+        )
+    if is_readable(lam) and not bool(((lam >= 0) & (lam <= 1)).all()):
+        raise ValueError(f"lam: expected values from 0 to 1, got {lam.min()} to {lam.max()}")
+    lam = lam.to(rows.dtype)
+    return lam, 1 - lam
