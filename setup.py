@@ -31,17 +31,21 @@ from setuptools.command.build_ext import build_ext
 PYTHON_MIN, TORCH_MIN, TORCH_TRIED = (3, 10), (2, 11), "2.13.0"
 
 # csrc/cpu/<name>_<key>.c is compiled with the flags of its key, other C files with those of base.
-# A processor that is not x86-64 gets base alone. -mno-avx: base has to run on every x86-64.
+# They name no more than csrc/cpu/dispatch.c asks the processor for; base, with -mno-avx, runs on
+# every x86-64. Other processors get base alone.
 ISA_FLAGS = {
     "base": "-mno-avx",
     "avx2": "-mavx2 -mfma -mf16c",
-    "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512bf16 -mfma -mf16c"
+    "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c"
     " -mprefer-vector-width=512",
 }
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 # No flag here may change a result: sums are written in the order in which they are meant.
-C_FLAGS = "-std=c11 -O3 -ffp-contract=off -fno-math-errno -fvisibility=hidden -fPIC -Wall -Wextra"
+C_FLAGS = (
+    "-std=c11 -O3 -ffp-contract=off -fno-math-errno -fno-trapping-math"
+    " -fvisibility=hidden -fPIC -Wall -Wextra"
+)
 # -fopenmp: at::parallel_for is serial without it. Not linked: torch brings its own OpenMP library.
 CXX_FLAGS = "-O2 -g0 -fvisibility=hidden -fPIC -fopenmp -Wall -Wextra"
 NVCC_FLAGS = "-O3 -std=c++17 -Xcompiler=-fPIC,-fvisibility=hidden,-Wall"
@@ -221,7 +225,7 @@ def compile_object(command, source, obj, force):
         return
     obj.parent.mkdir(parents=True, exist_ok=True)
     record.unlink(missing_ok=True)
-    print(f"compile {source}", flush=True)
+    print(f"compile {source}\n", end="", flush=True)  # in one piece: other threads print too
     start = time.time()
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     print(done.stdout, end="", flush=True)

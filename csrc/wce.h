@@ -106,6 +106,7 @@ typedef struct {
   int64_t rows_per_task, columns_per_task;
   int64_t tasks;         /* for forward and for backward                                           */
   int64_t pieces;        /* wce_piece that forward needs as workspace, 0 unless WCE_SPLIT          */
+  int32_t stream;        /* the gradient is larger than caches: store it past them                 */
   int64_t work_per_task; /* elements, so that a caller can leave small work on one thread          */
 } wce_plan;
 

@@ -15,7 +15,7 @@ typedef struct {
   void (*rows_forward)(const wce_problem *, const wce_row_outputs *, int64_t row0, int64_t row1,
                        wce_sums *);
   int64_t (*rows_backward)(const wce_problem *, const wce_row_grads *, int64_t row0, int64_t row1,
-                           int64_t c0, int64_t c1);
+                           int64_t c0, int64_t c1, int stream);
   /* WCE_SPLIT: one piece of one row, then all pieces of one row in column order                   */
   void (*piece)(const wce_problem *, int want_entropy, int64_t row, int64_t c0, int64_t c1,
                 wce_piece *);

@@ -228,9 +228,9 @@ c10::SmallVector<int64_t, 6> Problem::row_shape() const {
 // ---- gradients ---------------------------------------------------------------------------------
 
 Gradient::Gradient(const at::Tensor &input, const Problem &problem) {
-  // at::empty_like goes through the dispatcher twice: 0.4 us.
+  // The same as empty_like, which goes through the dispatcher twice: 0.4 us.
   if (input.is_cpu() && input.is_contiguous())
-    dx_ = at::detail::empty_cpu(input.sizes(), input.scalar_type());
+    dx_ = at::detail::empty_strided_cpu(input.sizes(), input.strides(), input.scalar_type());
   else
     dx_ = at::empty_like(input);
   if (problem.rows == 0 || problem.c.classes == 0) return;
