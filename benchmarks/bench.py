@@ -116,16 +116,19 @@ class Worker:
     """A process that measures cases; iterate over its messages. None: it died or went silent."""
 
     def __init__(self, args: argparse.Namespace, malloc: str, names: list[str],
-                 deadline: float, log) -> None:
+                 deadline: float, verified: dict, log) -> None:
         config = {
-            "cases": names, "malloc": malloc, "deadline": deadline,
+            "cases": names, "malloc": malloc, "deadline": deadline, "verified": verified,
             "device": args.device, "threads": args.threads, "isa": args.isa,
             "compile": args.compile, "ours": args.ours, "quick": args.quick, "tiny": args.tiny,
         }  # fmt: skip
-        command = [sys.executable, str(WORKER), json.dumps(config)]
+        command = [sys.executable, str(WORKER)]
         self._log = log
         self.process = subprocess.Popen(command, env=worker_environment(args, malloc), cwd=ROOT,
-                                        stdout=subprocess.PIPE, stderr=log, text=True)
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                        stderr=log, text=True)
+        with self.process.stdin as stdin:
+            stdin.write(json.dumps(config))
         self._messages: queue.Queue[dict | None] = queue.Queue()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -177,6 +180,7 @@ class Run:
         args.out.mkdir(parents=True, exist_ok=True)
         self.csv = CsvLog(args.out / "results.csv")
         self.environment = machine_facts(args)
+        self.verified: dict[str, dict] = {}
         self.deadline = time.time() + 60 * args.minutes
         self.bar = progress.add_task("", total=len(self.cases) * len(args.malloc))
 
@@ -194,7 +198,8 @@ class Run:
         """All cases with one allocator. A worker that dies costs the case that it was at."""
         waiting = list(self.cases)
         while waiting:
-            worker, current = Worker(self.args, malloc, waiting, deadline, log), None
+            worker = Worker(self.args, malloc, waiting, deadline, self.verified, log)
+            current = None
             try:
                 for message in worker:
                     kind = message.pop("kind")
@@ -221,6 +226,8 @@ class Run:
             self.environment.update(message)
         elif kind == "ceilings":
             self.environment["ceilings"].append(message)
+        elif kind == "verified":
+            self.verified[message["case"]] = message
         elif kind == "row":
             self.add_row(message, malloc)
         elif kind == "end":

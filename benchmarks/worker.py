@@ -142,12 +142,26 @@ class Session:
         return Effort(seconds, 5 if share > 6 else 3, 200 if case.group == "small" else 60)
 
 
+def fingerprint(results: tuple) -> list[int]:
+    """Of losses and gradient: equal for equal bits, and different for all practical purposes."""
+    values, gradient = results
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    sums = []
+    for t in (*values, gradient):
+        bits = t.detach().view(integers[t.element_size()])
+        sums += [bits.sum(dtype=torch.int64).item(), (bits * bits).sum(dtype=torch.int64).item()]
+    return sums
+
+
 def verified(session: Session, case: Case, data: Data, table: dict) -> tuple[dict, list[str]]:
-    """Errors by rival; raises Wrong for ours. Rivals that cannot run leave the table."""
+    """Errors by rival; raises Wrong for ours. Rivals that cannot run leave the table.
+
+    Where an earlier process of this run got the same bits from ours, its verdict holds.
+    """
     notes, results = [], {}
     torch.set_num_threads(session.threads[0])
     for name, loss in list(table.items()):
-        if name == "plain":
+        if name == "plain" or (case.series and name != "ours"):
             continue
         x = data.logits.detach().clone().requires_grad_() if name == "liger" else data.logits
         try:
@@ -157,12 +171,19 @@ def verified(session: Session, case: Case, data: Data, table: dict) -> tuple[dic
                 raise
             notes.append(f"{name} does not run: {_one_line(error)}")
             del table[name]
-    errors = check(case, data, results)
+    bits = fingerprint(results["ours"])
+    earlier = session.config["verified"].get(case.name)
+    if earlier and earlier["bits"] == bits:
+        errors = {name: Errors(*e) for name, e in earlier["errors"].items()}
+    else:
+        errors = check(case, data, results)
     if session.config["ours"] == "native":  # its 16-bit results are not one rounding away
         return errors, notes
     if not errors["ours"].passed:
         raise Wrong(errors["ours"].reason)
     _same_bits(session, data, table["ours"], results["ours"])
+    numbers = {name: [e.loss_ulp, e.gradient] for name, e in errors.items()}
+    emit("verified", case=case.name, bits=bits, errors=numbers)
     return errors, notes
 
 
@@ -346,7 +367,7 @@ def describe(session: Session) -> dict:
 
 
 def main() -> None:
-    config = json.loads(sys.argv[1])
+    config = json.load(sys.stdin)
     wanted = {c.name: c for c in
               case_list.select(config["device"], config["quick"], config["tiny"])}
     try:

@@ -113,7 +113,7 @@ def main() -> None:
         "balanced softmax": lambda x: balanced_softmax_loss(x, target, counts),
         "logit adjustment, tau = 1.5": lambda x: logit_adjusted_loss(x, target, counts, 1.5),
     }
-    print(f"{f'random logits, classes of {counts.tolist()} samples':42} {'loss':>8}  gradient per class")
+    print(f"{f'random logits, classes of {counts.tolist()}':42} {'loss':>8}  gradient per class")
     for name, loss in losses.items():
         x = input.clone().requires_grad_()
         value = loss(x)

@@ -54,7 +54,7 @@ COLOURS = {
 }  # fmt: skip
 
 
-# ---- losses ---------------------------------------------------------------------------------------
+# ---- losses --------------------------------------------------------------------------------------
 
 
 def wrong_loss(x: Tensor, y: Tensor, w: Tensor, reduction: str = "mean") -> Tensor:
@@ -72,7 +72,7 @@ def losses_of(task: Task) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
     }
 
 
-# ---- data -----------------------------------------------------------------------------------------
+# ---- data ----------------------------------------------------------------------------------------
 
 
 class Task(NamedTuple):
@@ -140,7 +140,7 @@ def make_task(x: Tensor, y: Tensor, ratio: float, seed: int) -> Task:
     return Task(x[train], y[train], x[test], y[test], torch.tensor(sizes, dtype=torch.float32))
 
 
-# ---- training ---------------------------------------------------------------------------------------
+# ---- training ------------------------------------------------------------------------------------
 
 
 class Run(NamedTuple):
@@ -173,7 +173,7 @@ def train(loss: Callable, task: Task, seed: int, penalty: float, steps: int) -> 
     return run._replace(logits=net(task.test_x).detach())
 
 
-# ---- measures ---------------------------------------------------------------------------------------
+# ---- measures ------------------------------------------------------------------------------------
 
 
 class Predictions(NamedTuple):
@@ -254,7 +254,7 @@ def measure(p: Predictions) -> dict[str, float | list[float]]:
     return result
 
 
-# ---- experiments ------------------------------------------------------------------------------------
+# ---- experiments ---------------------------------------------------------------------------------
 
 
 def added_constant() -> list[dict]:
@@ -459,7 +459,7 @@ def undone(trained: Trained) -> dict:
     }  # fmt: skip
 
 
-# ---- tables -----------------------------------------------------------------------------------------
+# ---- tables --------------------------------------------------------------------------------------
 
 
 def spread(values: list[float], digits: int = 3) -> str:
@@ -580,7 +580,7 @@ def update_document(path: Path, tables: dict[str, str]) -> None:
     path.write_text(text)
 
 
-# ---- pictures ---------------------------------------------------------------------------------------
+# ---- pictures ------------------------------------------------------------------------------------
 
 
 def style(axes, title: str, xlabel: str, ylabel: str) -> None:
@@ -691,7 +691,7 @@ def draw_undone(found: dict[str, dict], path: Path) -> None:
     save(figure, path)
 
 
-# ---- all of it --------------------------------------------------------------------------------------
+# ---- all of it -----------------------------------------------------------------------------------
 
 
 def main(arguments: list[str] | None = None) -> dict:

@@ -432,9 +432,10 @@ def check(loss_fn, x, target, options, grad=None, steps=16.0, soft_grads=False):
 # Largest relative error of rounding an exact value to the type: half a unit in the last place.
 HALF_ULP = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8,
             torch.float16: 2.0**-11}
-# Half the distance of the smallest numbers of a type (f16: below 2^-14 the step is 2^-24).
-HALF_TINY = {torch.float64: 0.0, torch.float32: 2.0**-150, torch.bfloat16: 2.0**-134,
-             torch.float16: 2.0**-25}
+# What may be lost at the lower end. exp gives an exact 0 below the smallest normal number of the
+# arithmetic, 2^-126 or 2^-1022, instead of a subnormal; f16 rounds to multiples of 2^-24.
+TINY = {torch.float64: 2.0**-1021, torch.float32: 2.0**-125, torch.bfloat16: 2.0**-125,
+        torch.float16: 2.0**-25}
 
 
 def same_bits(a, b):
@@ -466,7 +467,7 @@ def assert_near(got, want, scale=1.0, steps=16.0, message=""):
     finite &= torch.isfinite(want)
     same = (got_wide == want) | (torch.isnan(got_wide) & torch.isnan(want))
     allowed = steps * arithmetic * (scale + want.abs()) + rounding * 1.001 * want.abs()
-    allowed = allowed + HALF_TINY[got.dtype]
+    allowed = allowed + TINY[got.dtype]
     wrong = ~torch.where(finite, (got_wide - want).abs() <= allowed, same)
     if wrong.any():
         at = wrong.nonzero()[0].tolist()

@@ -89,7 +89,7 @@ def test_a_case_that_kills_its_process_does_not_end_the_run(tmp_path, monkeypatc
     script = tmp_path / "worker.py"
     script.write_text(f"""
 import json, os, signal, sys
-names = json.loads(sys.argv[1])["cases"]
+names = json.load(sys.stdin)["cases"]
 say = lambda **fields: print({worker.MARK!r} + json.dumps(fields), flush=True)
 for name in names:
     say(kind="begin", case=name)
@@ -108,7 +108,7 @@ for name in names:
 
 def test_a_worker_that_cannot_start_is_an_error(tmp_path, monkeypatch, capsys):
     script = tmp_path / "worker.py"
-    script.write_text(f"print({worker.MARK!r} + '{{\"kind\": \"unusable\", \"reason\": \"why\"}}')")
+    script.write_text(f"import sys; sys.stdin.read(); print({worker.MARK!r} + '{{\"kind\": \"unusable\", \"reason\": \"why\"}}')")
     monkeypatch.setattr(bench, "WORKER", script)
     assert bench.main(["--tiny", "--threads", "1", "--out", str(tmp_path / "out")]) == 2
     assert "cannot measure: why" in capsys.readouterr().out
@@ -165,7 +165,7 @@ def test_small_chunks_see_the_same(monkeypatch):
 
 def session(**changes) -> worker.Session:
     config = {"device": "cpu", "threads": [1], "isa": "native", "malloc": "default", "tiny": True,
-              "compile": False, "ours": "wce", "deadline": math.inf, **changes}
+              "compile": False, "ours": "wce", "deadline": math.inf, "verified": {}, **changes}
     return worker.Session(config)
 
 
@@ -192,6 +192,21 @@ def test_wrong_ours_gets_no_number(monkeypatch, capsys):
     right = findings_of(case, monkeypatch, capsys, lambda loss: loss * 1.0)
     assert {"forward", "training"} <= {m["pass"] for m in right if m["kind"] == "row"}
     assert right[-1]["status"] == "ok"
+
+
+def test_an_earlier_verdict_holds_for_the_same_bits_only(monkeypatch, capsys):
+    case = TINY["6x10 f32"]
+    said = findings_of(case, monkeypatch, capsys, lambda loss: loss * 1.0)
+    (verdict,) = [m for m in said if m["kind"] == "verified"]
+    earlier = {case.name: {**verdict, "errors": {"ours": [0.125, 0.25]}}}
+    errors = {}
+    for factor in (1.0, 1 + 2e-7):
+        data = cases.make(case)
+        native = rivals._native(case, data)
+        table = {"ours": lambda x, f=factor, native=native: native(x) * f}
+        errors[factor] = worker.verified(session(verified=earlier), case, data, table)[0]["ours"]
+    assert (errors[1.0].loss_ulp, errors[1.0].gradient) == (0.125, 0.25)
+    assert errors[1 + 2e-7].loss_ulp not in (0.0, 0.125)
 
 
 def test_failing_ours_is_reported(monkeypatch, capsys):

@@ -31,7 +31,7 @@ def rows(x, y):
     return zip(x, y.reshape(-1).tolist(), strict=True)
 
 
-# ---- the formulas as their papers print them, row by row ------------------------------------------
+# ---- the formulas as their papers print them, row by row -----------------------------------------
 
 
 def focal(x, y, gamma, alpha):

@@ -11,10 +11,10 @@ from .modules import CrossEntropyLoss
 from .patching import is_patched, patch, patched, unpatch
 from .probabilities import NLLLoss, cross_entropy_from_probs, nll_loss
 from .rows import CrossEntropyStats, cross_entropy_with_stats, mixup_cross_entropy
-from .probabilities import NLLLoss, cross_entropy_from_probs, nll_loss
 
 __all__ = [
     "CrossEntropyLoss",
+    "CrossEntropyStats",
     "Explanation",
     "NLLLoss",
     "build_info",
@@ -22,10 +22,16 @@ __all__ = [
     "cpu_isas",
     "cross_entropy",
     "cross_entropy_from_probs",
+    "cross_entropy_with_stats",
     "explain",
     "get_cpu_isa",
+    "is_patched",
+    "mixup_cross_entropy",
     "nll_loss",
+    "patch",
+    "patched",
     "set_cpu_isa",
+    "unpatch",
 ]
 __version__ = build_info()["version"]
 

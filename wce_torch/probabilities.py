@@ -22,15 +22,14 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn import functional as F
+
+from . import arguments
+from .functional import needs_native
 
 __all__ = ["NLLLoss", "cross_entropy_from_probs", "nll_loss"]
 
-_TENSOR_TYPES = frozenset(
-    {Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor, type(None)}
-)
+_REDUCTIONS = ("none", "mean", "sum")  # in the order of torch's numbers
 _LOGIT_DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 _NARROW_INDEX_DTYPES = frozenset({torch.uint8, torch.int16, torch.int32})
 _SERIAL = 32768  # elements up to which torch's own loops stay on one thread
@@ -77,9 +76,9 @@ def nll_loss(
         ValueError: batch sizes differ, or the reduction is unknown.
         RuntimeError: other shapes that do not fit; a weight that requires grad.
     """
-    if not _all_plain(input, target, weight):
+    if needs_native(input, target, weight):
         return F.nll_loss(input, target, weight, size_average, ignore_index, reduce, reduction)
-    reduction = _reduction(size_average, reduce, reduction)
+    reduction = _REDUCTIONS[arguments.reduction_code(reduction, size_average, reduce)]
     if _torch_does_as_well(input, target, weight, reduction) or _torch_raises(input, weight):
         return _torch_nll_loss(input, target, weight, ignore_index, reduction)
     autocast = _autocast(input)
@@ -93,7 +92,7 @@ def nll_loss(
 
 
 class NLLLoss(torch.nn.NLLLoss):
-    """`torch.nn.NLLLoss` that computes `wce_torch.nll_loss`: same arguments, buffers, state_dict."""
+    """`torch.nn.NLLLoss` by `wce_torch.nll_loss`: same arguments, same buffers and state_dict."""
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return nll_loss(
@@ -155,7 +154,7 @@ def cross_entropy_from_probs(
     Source: the definition of cross entropy, e.g. Cover and Thomas, Elements of Information
     Theory, 2nd ed., section 2.3 (with 0 log 0 = 0, section 2.1).
     """
-    reduction = _reduction(None, None, reduction)
+    reduction = _REDUCTIONS[arguments.reduction_code(reduction)]
     if probs.shape == target.shape:
         return _soft(probs, target, weight, ignore_index, reduction)
     if _torch_raises(probs, weight):
@@ -223,10 +222,10 @@ def _pick(table: Tensor, target: Tensor, ignore_index: int) -> Tensor:
 def _row_weight(
     weight: Tensor | None, input: Tensor, target: Tensor, ignore_index: int
 ) -> Tensor | None:
-    """weight (C) -> w[target], shape of the target, 0 where ignored. The table is a stride-0 view."""
+    """weight (C) -> w[target], shape of the target, 0 where ignored."""
     if weight is None:
         return None
-    table = weight.detach().to(_acc(input.dtype)).expand(target.numel(), -1)
+    table = weight.detach().to(_acc(input.dtype)).expand(target.numel(), -1)  # stride 0: no copy
     return _pick(table, target.reshape(-1), ignore_index).view(target.shape)
 
 
@@ -316,16 +315,21 @@ def _wants_formula(probs: Tensor, target: Tensor, weight: Tensor | None) -> bool
     return (
         torch.compiler.is_compiling()
         or (torch.is_grad_enabled() and others_need_grad)
-        or not _all_plain(probs, target, weight)
+        or needs_native(probs, target, weight) is not None
         or torch._C._are_functorch_transforms_active()
         or torch.autograd.forward_ad._current_level >= 0
         or torch._C._get_tracing_state() is not None
     )
 
 
+def _coefficient(target: Tensor, weight: Tensor | None, acc: torch.dtype) -> Tensor:
+    """a = w*t."""
+    return target.to(acc) if weight is None else target.to(acc) * weight.to(acc)
+
+
 def _soft_formula(probs: Tensor, target: Tensor, weight: Tensor | None, acc: torch.dtype) -> Tensor:
     """(N, C, d...) -> (N, d...): the definition, differentiable in each argument to any order."""
-    coefficient = target.to(acc) if weight is None else target.to(acc) * weight.to(acc)
+    coefficient = _coefficient(target, weight, acc)
     return -_sum_classes(_xlogy(coefficient, probs.to(acc)), _class_dim(probs))
 
 
@@ -337,9 +341,10 @@ class _SoftRows(torch.autograd.Function):
         ctx.save_for_backward(probs, target, weight)
         ctx.acc = acc
         dim = _class_dim(probs)
-        rows = torch.empty(probs.shape[:dim] + probs.shape[dim + 1 :], dtype=acc, device=probs.device)
+        rows = probs.new_empty(probs.shape[:dim] + probs.shape[dim + 1 :], dtype=acc)
         for block, block_rows in _blocks(probs.shape):
-            terms = torch.special.xlogy(_coefficient(target[block], weight, acc), probs[block].to(acc))
+            coefficient = _coefficient(target[block], weight, acc)
+            terms = torch.special.xlogy(coefficient, probs[block].to(acc))
             rows[block_rows] = _sum_classes(terms, dim).neg_()
         return rows
 
@@ -367,11 +372,6 @@ def _differentiable_gradient(probs, target, weight, acc, grad):
     empty = (coefficient == 0) & (y <= 0)
     slope = coefficient / torch.where(empty, 1, y)
     return (-grad.unsqueeze(_class_dim(probs)) * slope).to(probs.dtype)
-
-
-def _coefficient(target: Tensor, weight: Tensor | None, acc: torch.dtype) -> Tensor:
-    """a = w*t."""
-    return target.to(acc) if weight is None else target.to(acc) * weight.to(acc)
 
 
 def _blocks(shape: torch.Size) -> Iterator[tuple[tuple[slice, ...], tuple[slice, ...]]]:
@@ -434,23 +434,12 @@ def _row_count(probs: Tensor) -> int:
 
 
 def _acc(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
+    """The type of all arithmetic."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def _wide(target: Tensor) -> Tensor:
     return target.long() if target.dtype in _NARROW_INDEX_DTYPES else target
-
-
-def _all_plain(*tensors: Tensor | None) -> bool:
-    """Whether none is of a class that handles torch's functions itself (or no tensor at all)."""
-    return all(type(t) in _TENSOR_TYPES for t in tensors)
-
-
-def _reduction(size_average: bool | None, reduce: bool | None, reduction: str) -> str:
-    """torch's reading of the legacy arguments, with its warnings; the error for an unknown name."""
-    if size_average is not None or reduce is not None:
-        reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
-    return ("none", "mean", "sum")[torch.nn._reduction.get_enum(reduction)]
 
 
 def _autocast(input: Tensor) -> bool:

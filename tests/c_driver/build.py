@@ -15,7 +15,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 FOLDER = Path("build", "sanitized")  # from ROOT
-SANITIZE = "-g -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer".split()
+SANITIZE = "-g -fsanitize=address,undefined -fno-sanitize-recover=all".split()
 
 
 def load_setup():

@@ -4,7 +4,7 @@
 #include <math.h>
 #include <string.h>
 
-/* ---- elements of any dtype -------------------------------------------------------------------- */
+/* ---- elements of any dtype ------------------------------------------------------------------- */
 
 int64_t dtype_size(wce_dtype dtype) { return dtype == WCE_F64 ? 8 : dtype == WCE_F32 ? 4 : 2; }
 wce_dtype acc_dtype(wce_dtype dtype) { return dtype == WCE_F64 ? WCE_F64 : WCE_F32; }
@@ -55,7 +55,7 @@ double acc_element(const wce_problem *p, const void *data, int64_t index, double
   return data ? element(data, acc_dtype(p->dtype), index) : absent;
 }
 
-/* ---- one row ---------------------------------------------------------------------------------- */
+/* ---- one row --------------------------------------------------------------------------------- */
 
 int64_t view_index(const wce_problem *p, const wce_view *view, int64_t row, int64_t c) {
   return row / p->inner * view->stride_outer + row % p->inner * view->stride_inner +
@@ -144,7 +144,7 @@ expected_row expect_row(const wce_problem *p, int64_t row) {
   return e;
 }
 
-/* ---- one element of the gradient -------------------------------------------------------------- */
+/* ---- one element of the gradient ------------------------------------------------------------- */
 
 expected_gradient expect_gradient(const wce_problem *p, const wce_row_grads *grads,
                                   const expected_row *e, int64_t row, int64_t c) {

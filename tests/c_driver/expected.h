@@ -1,6 +1,6 @@
 /* expected.h -- the definition of wce.h once more, in double, one class after the other.
  *
- * Nothing of csrc is called here: this is what the kernels are compared with.                     */
+ * Nothing of csrc is called here: this is what the kernels are compared with.                    */
 #ifndef EXPECTED_H
 #define EXPECTED_H
 
@@ -8,13 +8,13 @@
 
 typedef struct { /* one row */
   int counts, bad;
-  int64_t y, y2;            /* class, or -1: absent, ignored or bad                                */
-  double m, L;              /* nan L: the row holds nan, +inf, or nothing but -inf                 */
+  int64_t y, y2;            /* class, or -1: absent, ignored or bad                               */
+  double m, L;              /* nan L: the row holds nan, +inf, or nothing but -inf                */
   double loss, weight;
   double lse, log_prob, log_prob2, entropy;
   int correct;
   double A, sample;
-  double a_size, loss_size, entropy_size; /* sums of absolute values: what rounding is measured by */
+  double a_size, loss_size, entropy_size; /* sums of absolute values, to measure rounding by */
 } expected_row;
 
 double element(const void *data, wce_dtype dtype, int64_t index);
@@ -24,8 +24,8 @@ wce_dtype acc_dtype(wce_dtype dtype);
 double acc_element(const wce_problem *p, const void *data, int64_t index, double absent);
 
 int64_t view_index(const wce_problem *p, const wce_view *view, int64_t row, int64_t c);
-double logit(const wce_problem *p, int64_t row, int64_t c);                       /* x_c + prior_c */
-double coefficient(const wce_problem *p, const expected_row *e, int64_t row, int64_t c);    /* a_c */
+double logit(const wce_problem *p, int64_t row, int64_t c); /* x_c + prior_c */
+double coefficient(const wce_problem *p, const expected_row *e, int64_t row, int64_t c); /* a_c */
 
 expected_row expect_row(const wce_problem *p, int64_t row);
 

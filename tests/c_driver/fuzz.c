@@ -8,7 +8,7 @@
  * outside. Gaps between the rows of a view hold nan when they are read and a pattern when they are
  * written, so that a use of them shows too. Each instruction set of this processor runs each
  * problem in each case's regime and is compared with expected.c. "wild" cases hold values for which
- * results are not defined (nan weights, ...): they are run for the sanitizers alone.              */
+ * results are not defined (nan weights, ...): they are run for the sanitizers alone.             */
 #include <inttypes.h>
 #include <math.h>
 #include <sanitizer/asan_interface.h>
@@ -20,7 +20,7 @@
 
 #include "expected.h"
 
-/* ---- random numbers --------------------------------------------------------------------------- */
+/* ---- random numbers -------------------------------------------------------------------------- */
 
 static uint64_t random_state;
 
@@ -34,9 +34,11 @@ static uint64_t random_bits(void) { /* splitmix64 */
 static int64_t below(int64_t n) { return (int64_t)(random_bits() % (uint64_t)n); }
 static int chance(int percent) { return below(100) < percent; }
 static double uniform(void) { return (double)(random_bits() >> 11) * 0x1p-53; }
-static double normal(void) { return sqrt(-2 * log(1 - uniform())) * cos(6.283185307179586 * uniform()); }
+static double normal(void) {
+  return sqrt(-2 * log(1 - uniform())) * cos(6.283185307179586 * uniform());
+}
 
-/* ---- buffers: exact at the end, poisoned before the start ------------------------------------- */
+/* ---- buffers: exact at the end, poisoned before the start ------------------------------------ */
 
 enum { MAX_BUFFERS = 64 };
 static struct { char *start; size_t head; } buffers[MAX_BUFFERS];
@@ -61,7 +63,7 @@ static void release_buffers(int keep) {
   }
 }
 
-/* ---- one case --------------------------------------------------------------------------------- */
+/* ---- one case -------------------------------------------------------------------------------- */
 
 typedef struct {
   uint64_t seed;
@@ -95,7 +97,8 @@ static void describe(void) {
           "  [outer, classes, inner] = [%" PRId64 ", %" PRId64 ", %" PRId64 "], strides %" PRId64
           ", %" PRId64 ", %" PRId64 "\n  prob dtype %d, strides %" PRId64 ", %" PRId64 ", %" PRId64
           "\n  target %d target2 %d prob %d weight %d prior %d sample_weight %d mask %d"
-          " skip_empty %d\n  spike %g floor %g soft %g ignore_index %" PRId64 "; wild %d special %d\n",
+          " skip_empty %d\n  spike %g floor %g soft %g ignore_index %" PRId64
+          "; wild %d special %d\n",
           now.seed, now.isa ? now.isa : "?", now.regime ? now.regime : "auto", p->dtype, p->outer,
           p->classes, p->inner, p->logits.stride_outer, p->logits.stride_class,
           p->logits.stride_inner, p->prob_dtype, p->prob.stride_outer, p->prob.stride_class,
@@ -117,7 +120,7 @@ const char *__ubsan_default_options(void);
 const char *__ubsan_default_options(void) { return "abort_on_error=1:print_stacktrace=1"; }
 #pragma GCC visibility pop
 
-/* ---- shapes and strides ----------------------------------------------------------------------- */
+/* ---- shapes and strides ---------------------------------------------------------------------- */
 
 static int64_t random_classes(void) {
   static const int64_t edges[] = {63, 64, 65, 127, 128, 129, 255, 256, 257, 511, 1000, 1023, 1025};
@@ -142,7 +145,8 @@ static int64_t gap(void) { return chance(50) ? 0 : chance(80) ? 1 + below(9) : 6
 static wce_view random_view(const wce_problem *p, int class_is_unit, int shared) {
   wce_view v = {0};
   int64_t *near = class_is_unit ? &v.stride_inner : &v.stride_class;
-  int64_t unit = class_is_unit ? p->classes : p->inner, count = class_is_unit ? p->inner : p->classes;
+  int64_t unit = class_is_unit ? p->classes : p->inner;
+  int64_t count = class_is_unit ? p->inner : p->classes;
   *(class_is_unit ? &v.stride_class : &v.stride_inner) = 1;
   if (chance(70)) { /* outer, near, unit */
     *near = unit + gap();
@@ -164,7 +168,7 @@ static int64_t view_extent(const wce_problem *p, const wce_view *v) {
          (p->inner - 1) * v->stride_inner + 1;
 }
 
-/* ---- contents --------------------------------------------------------------------------------- */
+/* ---- contents -------------------------------------------------------------------------------- */
 
 static double wild_value(void) {
   static const double values[] = {NAN, INFINITY, -INFINITY, 3e38, -3e38, 1e-44, 0, 1e308};
@@ -290,19 +294,21 @@ static void random_case(uint64_t seed) {
   }
 }
 
-/* ---- comparison ------------------------------------------------------------------------------- */
+/* ---- comparison ------------------------------------------------------------------------------ */
 
 static void wrong(const char *what, int64_t row, int64_t c, double got, double want, double slack) {
   describe();
-  fprintf(stderr, "WRONG %s of row %" PRId64 ", class %" PRId64 ": got %.17g, expected %.17g +- %.3g\n",
+  fprintf(stderr,
+          "WRONG %s of row %" PRId64 ", class %" PRId64 ": got %.17g, expected %.17g +- %.3g\n",
           what, row, c, got, want, slack);
   exit(1);
 }
 
-/* Rounding of sums of up to `classes` terms and of e^(x - m) for |x - m| up to about 100, as a part
- * of the sum of the terms' absolute values. */
+/* Rounding of sums of up to `classes` terms, and of e^(x - m) while it is not 0: for x - m down to
+ * -104 (float) or -745 (double). As a part of the sum of the terms' absolute values.             */
 static double rounding(void) {
-  return (now.p.dtype == WCE_F64 ? 0x1p-53 : 0x1p-24) * (double)(256 + now.p.classes);
+  double n = (double)now.p.classes;
+  return now.p.dtype == WCE_F64 ? 0x1p-53 * (1024 + n) : 0x1p-24 * (256 + n);
 }
 
 static double output_rounding(wce_dtype dtype) {
@@ -311,7 +317,7 @@ static double output_rounding(wce_dtype dtype) {
 
 static void compare(const char *what, int64_t row, int64_t c, wce_dtype dtype, double got,
                     double want, double size) {
-  if (isnan(size)) size = 0; /* of a row with nan, and then only values that do not depend on it matter */
+  if (isnan(size)) size = 0; /* a row with nan: then only values that do not depend on it count */
   double slack = rounding() * size + output_rounding(dtype) * fabs(want) + 1e-36 * (1 + size);
   if (now.wild) return;
   if (dtype == WCE_F16) slack += 0x1p-24;
@@ -372,7 +378,7 @@ static int any_bad(void) {
   return bad;
 }
 
-/* ---- forward ---------------------------------------------------------------------------------- */
+/* ---- forward --------------------------------------------------------------------------------- */
 
 static void *maybe_rows(int wanted, wce_dtype dtype) {
   return wanted && chance(60) ? buffer(now.rows, dtype_size(dtype)) : NULL;
@@ -384,7 +390,8 @@ static wce_row_outputs random_outputs(void) {
   int stats = chance(70);
   out.loss_dtype = chance(50) ? now.p.dtype : acc;
   out.loss = maybe_rows(1, out.loss_dtype);
-  if (stats) out.max = buffer(now.rows, dtype_size(acc)), out.log_sum = buffer(now.rows, dtype_size(acc));
+  if (stats) out.max = buffer(now.rows, dtype_size(acc));
+  if (stats) out.log_sum = buffer(now.rows, dtype_size(acc));
   out.lse = maybe_rows(now.wants_rows, acc);
   out.log_prob = maybe_rows(now.wants_rows && now.p.target, acc);
   out.log_prob2 = maybe_rows(now.wants_rows && now.p.target2, acc);
@@ -414,7 +421,7 @@ static void run_forward(const wce_plan *plan, const wce_row_outputs *out) {
   if (now.p.classes && !any_bad()) check_outputs(out);
 }
 
-/* ---- backward --------------------------------------------------------------------------------- */
+/* ---- backward -------------------------------------------------------------------------------- */
 
 static const void *random_upstream(int64_t count, wce_dtype dtype) {
   void *grad = buffer(count, dtype_size(dtype));
@@ -497,7 +504,7 @@ static void run_backward(const wce_plan *plan, const wce_row_outputs *out) {
   if (now.p.classes) check_gaps(&grads.dx, extent), check_gradient(&grads);
 }
 
-/* ---- all cases -------------------------------------------------------------------------------- */
+/* ---- all cases ------------------------------------------------------------------------------- */
 
 static void run_case(uint64_t seed) {
   random_case(seed);
