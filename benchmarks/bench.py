@@ -9,6 +9,7 @@ come), summary.md, environment.json, ratios.png, share.png and scaling.png.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -30,6 +31,7 @@ from benchmarks.report import (  # noqa: E402
     Findings,
     case_columns,
     print_tables,
+    publish,
     summary,
     target_lines,
 )
@@ -69,18 +71,21 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--no-compile", dest="compile", action="store_false",
                    help="leave torch.compile out")
     p.add_argument("--minutes", type=float, metavar="M",
-                   help="time limit of the run (default: 24; --quick: 1.8). As it comes nearer, "
+                   help="time limit of the run (default: 24; --quick: 1.7). As it comes nearer, "
                         "cases get fewer rounds, and the last ones are skipped")
     p.add_argument("--ours", choices=("wce", "native"), default="wce",
                    help="native: measure native PyTorch in our place. All ratios should then be 1, "
                         "and what they are instead is the noise of the machine")
     p.add_argument("--out", type=Path, default=ROOT / "out" / "benchmarks", metavar="DIR",
                    help="folder of the results (default: out/benchmarks)")
+    p.add_argument("--publish", metavar="NAME",
+                   help="also write the summary to docs/NAME.md and the pictures to docs/images; "
+                        "a section Remarks that is there is kept")
     p.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)  # for the tests
     args = p.parse_args(argv)
     args.threads = sorted(set(args.threads or ([cores] if args.quick else [cores, 1])),
                           reverse=True)
-    args.minutes = args.minutes or (1.8 if args.quick else 24.0)
+    args.minutes = args.minutes or (1.7 if args.quick else 24.0)
     if args.device == "cuda":
         args.threads, args.malloc = args.threads[:1], ["default"]
     if min(args.threads) < 1:
@@ -127,7 +132,7 @@ class Worker:
         self.process = subprocess.Popen(command, env=worker_environment(args, malloc), cwd=ROOT,
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                         stderr=log, text=True)
-        with self.process.stdin as stdin:
+        with contextlib.suppress(BrokenPipeError), self.process.stdin as stdin:
             stdin.write(json.dumps(config))
         self._messages: queue.Queue[dict | None] = queue.Queue()
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -199,7 +204,7 @@ class Run:
         waiting = list(self.cases)
         while waiting:
             worker = Worker(self.args, malloc, waiting, deadline, self.verified, log)
-            current = None
+            current, before = None, len(waiting)
             try:
                 for message in worker:
                     kind = message.pop("kind")
@@ -212,9 +217,9 @@ class Run:
                     self.handle(kind, message, malloc)
             finally:
                 ending = worker.stop()
-            if waiting:
-                if current is None:
-                    raise Unusable(f"{ending}; see {log.name}")
+            if current is None and len(waiting) == before:
+                raise Unusable(f"{ending}; see {log.name}")
+            if current is not None:
                 waiting.remove(current)
                 lost = {"case": current, "status": f"failed: {ending}", "notes": []}
                 self.handle("end", lost, malloc)
@@ -320,8 +325,11 @@ def finish(run: Run, console) -> None:
     for line in target_lines(run.found):
         console.print("  ".join(line), markup=False)
     out = run.args.out
-    (out / "summary.md").write_text(summary(run.found, run.environment), encoding="utf-8")
+    text = summary(run.found, run.environment)
+    (out / "summary.md").write_text(text, encoding="utf-8")
     pictures = plots.draw(run.found, out)
+    if run.args.publish:
+        publish(run.args.publish, ROOT / "docs", text, pictures)
     console.print(f"results: {', '.join(str(p) for p in [out / 'summary.md', *pictures])}",
                   markup=False)
 
@@ -337,8 +345,13 @@ def no_gpu() -> str:
 
 def main(argv: list[str] | None = None) -> int:
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-    from rich.progress import TimeElapsedColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+    )
 
     args = parse(argv)
     wide = {} if sys.stdout.isatty() else {"width": 220}

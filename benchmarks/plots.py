@@ -15,16 +15,21 @@ COLOURS = {"ours": "#1b6ca8", "eager": "#d1495b", "compile": "#edae49"}
 PASSES = {"forward": "forward", "training": "forward + backward"}
 
 
-def _bars(axes, labels: list[str], series: dict[str, tuple[list, str, float]]) -> None:
-    """Horizontal bars side by side; series: name -> (values, colour, opacity). None: no bar."""
+def _bars(axes, labels: list[str], series: dict[str, tuple[list, str, float]],
+          base: float) -> None:
+    """Horizontal bars side by side that begin at base; series: name -> (values, colour, opacity).
+    None: no bar."""
+    series = {name: s for name, s in series.items() if any(s[0])}
     height = 0.8 / max(len(series), 1)
     for k, (name, (values, colour, alpha)) in enumerate(series.items()):
         at = [i + (k + 0.5) * height - 0.4 for i in range(len(labels))]
-        axes.barh(at, [v or 0 for v in values], height, color=colour, alpha=alpha, label=name)
+        widths = [v - base if v else 0 for v in values]
+        axes.barh(at, widths, height, base, color=colour, alpha=alpha, label=name)
     axes.set_yticks(range(len(labels)), labels, fontsize=7)
     axes.set_ylim(len(labels) - 0.5, -0.5)
     axes.grid(axis="x", alpha=0.3)
-    axes.legend(fontsize=7, loc="lower right")
+    axes.legend(fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1 + 0.6 / len(labels)),
+                ncols=2)
 
 
 def ratios(found: Findings, path: Path) -> None:
@@ -38,11 +43,10 @@ def ratios(found: Findings, path: Path) -> None:
                 values = [found.ratio(c, setting, rival, part) for c in cases]
                 label = f"{rival} / ours, {setting.malloc} malloc"
                 series[label] = (values, COLOURS[rival], alpha)
-        _bars(axes, cases, series)
         axes.set_xscale("log")
+        _bars(axes, cases, series, 1.0)
         axes.axvline(1, color="black", linewidth=0.8)
-        axes.set_title(title)
-        axes.set_xlabel("times our time (above 1: ours is faster)")
+        axes.set_xlabel(f"{title}: times our time (above 1: ours is faster)")
     _save(figure, path)
 
 
@@ -64,9 +68,9 @@ def shares(found: Findings, path: Path) -> None:
             f"{s.malloc} malloc": ([share(c, s, part) for c in cases], COLOURS["ours"], alpha)
             for s, alpha in zip(settings, (1.0, 0.5), strict=False)
         }
-        _bars(axes, cases, series)
+        _bars(axes, cases, series, 0.0)
         axes.axvline(0.9, color="black", linewidth=0.8, linestyle="--")
-        axes.set_title(f"{part}: share of the machine's ceiling")
+        axes.set_xlabel(f"{part}: share of the machine's ceiling (dashed: 90 %)")
     _save(figure, path)
 
 

@@ -303,6 +303,14 @@ def _markdown(headings: tuple[str, ...], rows: list[list[str]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+HOW_TO = """\
+Made by `make bench`, that is `python benchmarks/bench.py`, which takes up to 25 minutes and wants a
+quiet machine; `make bench QUICK=1` gives a first impression in two. `--cases REGEX` picks cases,
+`--isa avx2` holds all rivals to that instruction set, `--ours native` puts native in our place and
+so shows the noise of the measurement, `--publish NAME` writes docs/NAME.md. Every case was
+compared with a float64 computation, loss and gradient, before it was timed.
+"""
+
 BYTE_RULE = """\
 Times are medians of interleaved rounds (ours, eager, torch.compile, ours, ...) in one process;
 `eager/ours` is the ratio of medians, in brackets the 25 % and 75 % quantiles of the ratio per
@@ -321,7 +329,7 @@ in units of the logits' size.
 
 def summary(found: Findings, environment: dict) -> str:
     """The whole run as one Markdown page."""
-    parts = ["# Benchmark\n", "```\n" + json.dumps(environment, indent=1) + "\n```\n", BYTE_RULE]
+    parts = ["# Benchmark\n", HOW_TO, BYTE_RULE, *_environment(environment)]
     parts.append("## Targets, all threads, forward + backward unless said\n")
     parts.append(_markdown(TARGET_HEADINGS, target_lines(found)))
     for setting in found.settings():
@@ -345,6 +353,43 @@ def summary(found: Findings, environment: dict) -> str:
     for title, lines in lists.items():
         parts += [f"## {title}\n", "\n".join(f"* {line}" for line in lines or ["none"]) + "\n"]
     return "\n".join(parts)
+
+
+def _environment(facts: dict) -> list[str]:
+    """Machine, versions and settings; then what the machine can do at best."""
+    rows = [
+        [key, value if isinstance(value, str) else json.dumps(value)]
+        for key, value in facts.items()
+        if key != "ceilings"
+    ]
+    ceilings = [
+        [c["malloc"], str(c["threads"]), f"{c['read_GBps']:.1f}", f"{c['copy_GBps']:.1f}",
+         f"{c['exp_G_per_s']:.1f}" if c["exp_G_per_s"] else "-", c["helper"]]
+        for c in facts.get("ceilings", [])
+    ]
+    headings = ("malloc", "threads", "read, GB/s", "copy (both directions), GB/s",
+                "exp, 1e9 per s", "measured by")
+    return ["## Machine and settings\n", _markdown(("what", "value"), rows),
+            "## Ceilings of the machine\n", _markdown(headings, ceilings)]
+
+
+def publish(name: str, docs: Path, text: str, pictures: list[Path]) -> Path:
+    """Puts a summary into the documentation, pictures beside it. Returns the page.
+
+    The section "Remarks" of the page that was there, written by hand, is kept.
+    """
+    page = docs / f"{name}.md"
+    old = page.read_text(encoding="utf-8") if page.exists() else ""
+    _, mark, remarks = old.partition("\n## Remarks\n")
+    images = docs / "images"
+    images.mkdir(parents=True, exist_ok=True)
+    links = []
+    for picture in pictures:
+        copy = images / f"{name}-{picture.name}"
+        copy.write_bytes(picture.read_bytes())
+        links.append(f"![{picture.stem}](images/{copy.name})\n")
+    page.write_text("\n".join([text, "## Pictures\n", *links]) + mark + remarks, encoding="utf-8")
+    return page
 
 
 def _others(found: Findings) -> list[str]:

@@ -18,6 +18,7 @@ Steps = Sequence[Callable[[], object]]
 
 SAMPLE = 2e-3  # seconds; shorter calls are repeated until a sample lasts about this long
 REPEAT_BELOW = 3e-4  # seconds; calls that take longer are timed one by one
+SAMPLE_LIMIT = 5e-2  # seconds; a sample of repeated calls stops here, should they suddenly be slow
 WARM_BELOW = 2e-2  # seconds; below, each sample follows an untimed call of the same rival
 
 
@@ -31,12 +32,15 @@ class CpuClock:
                 step()
                 marks.append(now())
             return [b - a for a, b in zip(marks, marks[1:], strict=False)]
-        calls = range(inner)
-        start = now()
-        for _ in calls:
-            for step in steps:
-                step()
-        return [(now() - start) / inner]
+        batch = range(max(inner // 8, 1))
+        calls, elapsed, start = 0, 0.0, now()
+        while calls < inner and elapsed < SAMPLE_LIMIT:
+            for _ in batch:
+                for step in steps:
+                    step()
+            calls += len(batch)
+            elapsed = now() - start
+        return [elapsed / calls]
 
 
 class CudaClock:
@@ -69,7 +73,8 @@ class CudaClock:
 class Effort:
     """How long to measure one table of rivals."""
 
-    seconds: float = 1.0
+    seconds: float = 1.0  # after that, no more than the least number of rounds
+    limit: float = 15.0  # after that, no further round at all
     least: int = 5
     most: int = 60
     sample: float = SAMPLE
@@ -100,7 +105,8 @@ def interleave(clock, rivals: dict[str, Steps], effort: Effort) -> dict[str, lis
     gc.disable()
     try:
         for done in range(effort.most):
-            if done >= effort.least and time.perf_counter() - start > effort.seconds:
+            elapsed = time.perf_counter() - start
+            if elapsed > (effort.seconds if done >= effort.least else effort.limit) and done:
                 break
             for name, lane in lanes.items():
                 if lane.warm:

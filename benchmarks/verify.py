@@ -17,7 +17,8 @@ from benchmarks.cases import DTYPES, Z_LOSS, Case, Data
 
 CHUNK = 1 << 18  # elements widened to float64 at a time; the temporaries stay in the cache
 
-# Loss: units in the last place of the loss's type. Gradient: |error| <= rel*|exact| + abs*max|exact|.
+# Loss: units in the last place of the loss's type.
+# Gradient: |error| <= rel*|exact| + abs*max|exact|.
 # 16-bit results are one rounding of the exact answer (0.5, and 0.1 for the arithmetic before it).
 LOSS_ULP = {torch.float32: 4.0, torch.float64: 64.0, torch.bfloat16: 0.6, torch.float16: 0.6}
 GRAD_REL = {"f32": 1e-5, "f64": 1e-11, "bf16": 0.51 * 2**-7, "f16": 0.51 * 2**-10}

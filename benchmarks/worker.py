@@ -134,12 +134,14 @@ class Session:
     def effort(self, case: Case, left: int) -> Effort:
         """Spreads the time that is left over the cases that are left."""
         if self.config["tiny"]:
-            return Effort(0.0, 2, 2, 2e-5)
+            return Effort(0.0, 60.0, 2, 2, 2e-5)
         share = (self.config["deadline"] - time.time()) / max(left, 1)
         seconds = min(max(0.12 * share / len(self.threads), 0.1), 1.0)
+        limit = min(max(share, 2.0), 15.0)
         if case.group == "scaling":
-            return Effort(min(seconds, 0.15), 3, 20)
-        return Effort(seconds, 5 if share > 6 else 3, 200 if case.group == "small" else 60)
+            return Effort(min(seconds, 0.15), limit, 3, 20)
+        most = 200 if case.group == "small" else 60
+        return Effort(seconds, limit, 5 if share > 6 else 3, most)
 
 
 def fingerprint(results: tuple) -> list[int]:
@@ -347,8 +349,12 @@ def run_case(session: Session, case: Case, left: int) -> None:
         status = f"failed: {_one_line(error)}"
         traceback.print_exc()
     emit("end", case=case.name, status=status, notes=notes)
+    if "CUDA error" in status:
+        sys.exit(1)  # the context is lost; bench.py goes on with a new process
     session.machine.release()
     gc.collect()
+    if session.device == "cuda":
+        torch.cuda.empty_cache()
 
 
 def describe(session: Session) -> dict:

@@ -183,9 +183,9 @@ def draw(path: Path, digits: Digits, native: Outcome, ours: Outcome, plain: Outc
     right.bar(at - 0.2, plain.recall, 0.4, color="grey", label="no weights")
     right.bar(at + 0.2, ours.recall, 0.4, color="#1b6ca8", label="weights")
     right.set(title="recall per class, balanced test set", xlabel="class (training images)",
-              ylim=(0, 1.05))
+              ylim=(0, 1.2))
     right.set_xticks(at.tolist(), [f"{c}\n({int(n)})" for c, n in enumerate(digits.counts)])
-    right.legend(loc="lower left")
+    right.legend(loc="upper right", ncols=2)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)

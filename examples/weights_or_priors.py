@@ -10,7 +10,8 @@ Writes pictures, weights-or-priors.json (every number) and weights-or-priors.md 
 --out. With --doc FILE the tables also replace those between the markers of FILE, and the pictures
 go to the folder images beside it.
 
-Letters: K classes, n_k training samples of class k, q_k = n_k/n, w_k = n/(K*n_k), x logits, y target.
+Letters: K classes, n_k training samples of class k, q_k = n_k/n, w_k = n/(K*n_k), x logits,
+y target.
 """
 
 from __future__ import annotations
@@ -432,7 +433,7 @@ def neighbour_votes(task: Task) -> Tensor:
 
 
 def undone(trained: Trained) -> dict:
-    """Per class: mean over test samples of (logit of plain - logit of prior), and log q, centred."""
+    """Per class: mean over test samples of logit of plain - logit of prior, and log q; centred."""
     log_q, moved = [], []
     for plain, prior, task in zip(
         trained.runs["plain"], trained.runs["prior"], trained.tasks, strict=True
@@ -505,7 +506,8 @@ def convex_table(found: dict[str, dict]) -> str:
 
 def decision_table(scores: dict[str, list[dict]]) -> str:
     keys = ["accuracy", "balanced accuracy", "rare recall"]
-    head = ["", "accuracy at training frequencies", "balanced accuracy", "recall of the rare classes"]
+    head = ["", "accuracy at training frequencies", "balanced accuracy",
+            "recall of the rare classes"]  # fmt: skip
     rows = [[n, *(spread([s[key] for s in seeds]) for key in keys)] for n, seeds in scores.items()]
     return table(head, rows)
 
@@ -757,9 +759,12 @@ def main(arguments: list[str] | None = None) -> dict:
         update_document(options.doc, tables)
     print(text)
     for name, case in undoing.items():
-        print(f"{name}: penalty {results['penalty'][name]:g}, slope {case['slope']:.3f}, mean total "
-              f"variation plain to prior kept {case['plain against prior kept']:.3f}, "
-              f"left out {case['plain against prior left out']:.3f}")  # fmt: skip
+        print(
+            f"{name}: penalty {results['penalty'][name]:g}, slope {case['slope']:.3f}; "
+            "mean total variation distance from plain: prior kept "
+            f"{case['plain against prior kept']:.3f}, "
+            f"left out {case['plain against prior left out']:.3f}"
+        )
     print("log q in the numerator:", json.dumps(results["numerator only"]))
     print(f"written to {out}" + (f", {images} and {options.doc}" if options.doc else ""))
     return results

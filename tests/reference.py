@@ -115,7 +115,7 @@ def reference(x, target, weight=None, *, ignore_index=-100, reduction="mean", la
 
     # Reduction. The denominator never depends on the class weights of soft targets.
     own_denominator = torch.where(counts, s * row_weight, 0.0).sum()
-    denominator = own_denominator if normalizer is None else torch.as_tensor(normalizer).double()
+    denominator = own_denominator if normalizer is None else torch.as_tensor(normalizer, dtype=torch.float64)
     if reduction == "none":
         loss, per_row = loss_rows.reshape(positions), 1.0
     elif reduction == "sum":
@@ -125,7 +125,7 @@ def reference(x, target, weight=None, *, ignore_index=-100, reduction="mean", la
         per_row = 1.0 / denominator
         if empty == "zero" and not counts.any():
             loss = torch.zeros_like(loss)
-    k = torch.as_tensor(grad, device=z.device).double().detach() * per_row
+    k = torch.as_tensor(grad, dtype=torch.float64, device=z.device).detach() * per_row
     k = k.reshape(rows) if k.dim() and reduction == "none" else k.expand(rows)
     ks = torch.where(counts, k * s, 0.0)
 
@@ -300,7 +300,7 @@ class Case:
         options = {"reduction": self.reduction, "label_smoothing": self.smoothing}
         if self.soft:
             logits = torch.randn(self.shape, generator=gen, dtype=torch.float64)
-            target = from_rows(torch.softmax(to_rows(logits), 1), self.shape).to(wide)
+            target = from_rows(torch.softmax(to_rows(logits), 1), self.shape).to(wide).contiguous()
             if self.skip_empty and len(positions):
                 drop = from_rows((draw(math.prod(positions), 1) < 0.3).expand(-1, classes),
                                  self.shape)

@@ -1,9 +1,10 @@
-"""The benchmark's own code, once, on a handful of rows and classes. Nothing here looks at a time."""
+"""The benchmark's own code, once, on a handful of rows and classes. No time is looked at."""
 
 import csv
 import json
 import math
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,14 @@ import torch.nn.functional as F
 
 from benchmarks import bench, cases, rivals, timing, verify, worker
 from benchmarks.ceilings import Machine
-from benchmarks.report import Findings, Setting, cliff_lines, losing_lines, target_lines
+from benchmarks.report import (
+    Findings,
+    Setting,
+    cliff_lines,
+    losing_lines,
+    publish,
+    target_lines,
+)
 
 TINY = {c.name: c for c in cases.select(tiny=True) if not c.series}
 # the largest that a shape of one million rows may become
@@ -106,9 +114,24 @@ for name in names:
     assert "signal 11" in (out / "summary.md").read_text()
 
 
+def test_a_worker_that_ends_between_cases_is_followed_by_another(tmp_path, monkeypatch):
+    script = tmp_path / "worker.py"
+    script.write_text(f"""
+import json, sys
+name = json.load(sys.stdin)["cases"][0]
+for fields in (dict(kind="begin", case=name), dict(kind="end", case=name, status="ok", notes=[])):
+    print({worker.MARK!r} + json.dumps(fields), flush=True)
+sys.exit(1)
+""")
+    monkeypatch.setattr(bench, "WORKER", script)
+    run = ["--tiny", "--threads", "1", "--malloc", "default", "--cases", "^small$"]
+    assert bench.main([*run, "--out", str(tmp_path / "out")]) == 0
+
+
 def test_a_worker_that_cannot_start_is_an_error(tmp_path, monkeypatch, capsys):
     script = tmp_path / "worker.py"
-    script.write_text(f"import sys; sys.stdin.read(); print({worker.MARK!r} + '{{\"kind\": \"unusable\", \"reason\": \"why\"}}')")
+    message = worker.MARK + '{"kind": "unusable", "reason": "why"}'
+    script.write_text(f"import sys; sys.stdin.read(); print({message!r})")
     monkeypatch.setattr(bench, "WORKER", script)
     assert bench.main(["--tiny", "--threads", "1", "--out", str(tmp_path / "out")]) == 2
     assert "cannot measure: why" in capsys.readouterr().out
@@ -227,9 +250,18 @@ def test_rivals_take_turns():
 
     order = []
     rivals_by_name = {n: [lambda n=n: order.append(n) or 1.0] for n in "ab"}
-    samples = timing.interleave(Clock(), rivals_by_name, timing.Effort(0.0, 3, 9))
+    samples = timing.interleave(Clock(), rivals_by_name, timing.Effort(0.0, 60.0, 3, 9))
     assert order[-6:] == list("ababab")
     assert samples == {n: [[1.0]] * 3 for n in "ab"}
+
+
+def test_a_slow_machine_gets_fewer_rounds():
+    class Clock:
+        def sample(self, steps, inner):
+            return [1.0]
+
+    samples = timing.interleave(Clock(), {"a": []}, timing.Effort(0.0, 0.0, 3, 9))
+    assert len(samples["a"]) == 1
 
 
 def test_cpu_clock_splits_single_calls_and_sums_repeated_ones():
@@ -238,6 +270,9 @@ def test_cpu_clock_splits_single_calls_and_sums_repeated_ones():
     assert len(timing.CpuClock().sample(steps, 1)) == 2
     assert len(timing.CpuClock().sample(steps, 3)) == 1
     assert calls == ["f", "b"] * 4
+    slow = [lambda: calls.append("s") or time.sleep(timing.SAMPLE_LIMIT / 10)]
+    timing.CpuClock().sample(slow, 1000)
+    assert calls.count("s") < 1000
 
 
 def test_quantiles():
@@ -328,6 +363,19 @@ def test_losses_and_cliffs_are_listed():
     assert len(losing_lines(found)) == 1
     (cliff,) = cliff_lines(found)
     assert "1000000x10 to 10000000x10" in cliff
+
+
+def test_publishing_keeps_the_remarks(tmp_path):
+    picture = tmp_path / "ratios.png"
+    picture.write_bytes(b"picture")
+    docs = tmp_path / "docs"
+    page = publish("speed", docs, "# first\n", [picture])
+    page.write_text(page.read_text() + "\n## Remarks\n\nby hand\n")
+    publish("speed", docs, "# second\n", [picture])
+    text = page.read_text()
+    assert "second" in text and "first" not in text and text.endswith("## Remarks\n\nby hand\n")
+    assert text.count("images/speed-ratios.png") == 1
+    assert (docs / "images" / "speed-ratios.png").read_bytes() == b"picture"
 
 
 def test_device_without_gpu_is_skipped_with_a_reason(capsys, tmp_path):

@@ -2,7 +2,7 @@
 
 The budgets come from the occupancy that the kernels are written for: 48 KiB of loads in flight per
 multiprocessor (docs/cuda.md). One architecture and the two most used element types by default;
-everything that nvcc knows from sm_75 on is marked slow.
+all that setup.py builds is marked slow.
 """
 
 import functools
@@ -19,13 +19,17 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def find_nvcc():
-    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
-    found = [shutil.which(f"{home}/bin/nvcc") for home in homes if home] + [shutil.which("nvcc")]
-    return next(filter(None, found), None)
+def load_setup():
+    """setup.py as a module: it knows where nvcc is, its flags and the architectures."""
+    spec = importlib.util.spec_from_file_location("wce_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-NVCC = find_nvcc()
+setup_py = load_setup()
+NVCC = setup_py.find_nvcc()
+ARCHS = [arch.partition("+")[0] for arch in setup_py.cuda_archs(NVCC)] if NVCC else []
 pytestmark = pytest.mark.skipif(not NVCC, reason="needs nvcc (set CUDA_HOME)")
 
 DTYPES = ("f32", "f64", "bf16", "f16")
@@ -46,25 +50,20 @@ def budget(dtype, kernel, body):
     return GENERAL_BUDGET[kernel]
 
 
-def known_archs():
-    listed = subprocess.run([NVCC, "--list-gpu-arch"], capture_output=True, text=True).stdout
-    return sorted({int(n) for n in re.findall(r"compute_(\d+)", listed) if int(n) >= 75})
-
-
 NAME = re.compile(r"_ZN8wce_cuda\d+([a-z_]+)I.*?Li(\d)E")
 REPORT = re.compile(r"Compiling entry function '(\S+)' for '\S+'.*?(\d+) bytes stack frame, "
                     r"(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers"
                     r"(.*?)$", re.S | re.M)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def compiled(folder, dtype, arch):
     """(path of the cubin, PTX, {(kernel, body): (stores, loads, registers, rest of the line)})."""
     source = ROOT / f"csrc/cuda/kernels_{dtype}.cu"
     cubin = Path(folder) / f"{dtype}_{arch}.cubin"
     ptx = cubin.with_suffix(".ptx")
-    command = [NVCC, "-std=c++17", "-O3", f"-arch=compute_{arch}", "-ptx", str(source), "-o",
-               str(ptx)]
+    command = [NVCC, *setup_py.NVCC_FLAGS.split(), f"-arch=compute_{arch}", "-ptx", str(source),
+               "-o", str(ptx)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     command = [NVCC, f"-arch=sm_{arch}", "-Xptxas", "-v", "-cubin", str(ptx), "-o", str(cubin)]
@@ -104,7 +103,7 @@ def test_registers(folder, dtype):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("arch", known_archs() if NVCC else [])
+@pytest.mark.parametrize("arch", ARCHS)
 def test_registers_everywhere(folder, arch, dtype):
     check_budget(folder, dtype, arch)
 

@@ -5,17 +5,28 @@ UBSan, in an order of threads that a seed decides (tests/cuda_host). The grid, t
 the tolerances are those of the CPU kernels.
 """
 
+import functools
 import math
+import os
 import random
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-
-from reference import (DTYPES, FEATURE_CASES, INDEX_CASES, SMALL_CASES, SMALL_FEATURE_CASES,
-                       SOFT_CASES, Case, as_layout, assert_near, case_ids, reference, to_rows)
+from reference import (
+    DTYPES,
+    FEATURE_CASES,
+    INDEX_CASES,
+    SOFT_CASES,
+    Case,
+    as_layout,
+    assert_near,
+    reference,
+    to_rows,
+)
 
 sys.path.insert(0, str(Path(__file__).parent / "cuda_host"))
 import host  # noqa: E402
@@ -103,7 +114,7 @@ def test_grid(driver, dtype):
 # name: (layout of the logits, plan fields, layout of the view that is asked for)
 WAYS = {
     "narrow": ("matrix", {"regime": "narrow", "threads": 64, "tile": 24}, "rows"),
-    "narrow_misaligned": ("misaligned_matrix", {"regime": "narrow", "threads": 32, "tile": 7}, "rows"),
+    "narrow_odd": ("misaligned_matrix", {"regime": "narrow", "threads": 32, "tile": 7}, "rows"),
     "lanes4": ("matrix", {"regime": "rows", "threads": 64, "lanes": 4}, "rows"),
     "lanes8": ("shifted", {"regime": "rows", "threads": 32, "lanes": 8}, "rows"),
     "lanes16": ("misaligned_matrix", {"regime": "rows", "threads": 96, "lanes": 16}, "rows"),
@@ -336,6 +347,21 @@ def test_excluded_class_is_a_bad_target(driver):
     assert got["bad"] == 2
 
 
+# ---- from Python to the kernels ------------------------------------------------------------------
+
+
+def test_glue():
+    """ops_cuda.cpp on CPU tensors, the kernels on the shim: losses, gradients, results per row,
+    bad targets in the checked mode, as a user calls them."""
+    library = host.build_glue(host.ROOT / "build/cuda_glue")
+    command = [sys.executable, str(host.HERE / "glue_cases.py"), str(library)]
+    done = subprocess.run(command, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(host.ROOT)}, timeout=900)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.split() == ["grid", "layouts", "statistics", "mixup", "edges",
+                                   "bad_targets"]
+
+
 # ---- one answer, whatever the order of threads ---------------------------------------------------
 
 
@@ -344,7 +370,9 @@ def mixed_jobs():
     jobs = []
     for way in WAYS:
         for body in ("weighted", "soft_smooth"):
-            case = Case((2, 19, 13), reduction="mean", **BODIES[body])
+            # With many classes, so that each warp of the block has some.
+            shape = (2, 500, 3) if way == "block" else (2, 19, 13)
+            case = Case(shape, reduction="mean", **BODIES[body])
             for saved in (True, False):
                 job = placed_problem(case, "f32", way, 1, saved=saved)[0]
                 job.plan = {**job.plan, "blocks": 2}
@@ -363,17 +391,26 @@ PLACES = sorted({name for path in (host.ROOT / "csrc/cuda").glob("*.cuh")
                  for name in host.places(path) if path.name != "arch.cuh"})
 
 
+def jobs_to_break():
+    wild = Job(torch.randn(4, 5), target=torch.tensor([0, 1, 2**40, 2]), check=True)
+    return [*mixed_jobs(), wild]
+
+
+@functools.cache
+def sound_output(driver):
+    torch.manual_seed(0)
+    done = host.run_raw(driver, jobs_to_break())
+    assert done.returncode == 0
+    return done.stdout
+
+
 @pytest.mark.parametrize("name", PLACES)
 def test_each_barrier_and_check_is_needed(driver, name):
     """The shim notices when one of them is left out: a sanitizer, a hang-up or a wrong result."""
-    jobs = mixed_jobs() + [
-        Job(torch.randn(4, 5), target=torch.tensor([0, 1, 2**40, 2]), check=True)]
+    torch.manual_seed(0)
+    jobs = jobs_to_break()
     for seed in range(3):
         done = host.run_raw(driver, jobs, seed, leave_out=name)
-        if done.returncode != 0:
-            return
-        sound = host.run_raw(driver, jobs, seed)
-        assert sound.returncode == 0
-        if sound.stdout != done.stdout:
+        if done.returncode != 0 or done.stdout != sound_output(driver):
             return
     raise AssertionError(f"nothing happens without {name}")

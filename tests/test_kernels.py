@@ -404,13 +404,14 @@ NORMAL = [(32, 10), (4096, 10), (1000, 100), (512, 1000), (64, 8192), (8, 50257)
 @every_regime
 @pytest.mark.parametrize("shape", NORMAL, ids=str)
 def test_loss_is_within_two_ulp(isa, kind, shape, forced):
-    """Mean and sum: of the loss. Single rows: of the larger of the loss and 1, for a small loss
-    is a difference of numbers of that size."""
+    """Mean and sum: of the loss. A single row may have 4 units of the larger of the loss and 1: it
+    is L - (x_y - m), two numbers of that size with an error of about one unit each."""
     x, calls = normal_problems(shape)
     for target, options, want in calls:
         error = (ce(x, target, **options).double() - want).abs()
-        size = want.clamp(min=1) if options.get("reduction") == "none" else want
-        assert (error <= 2 * ulp(size)).all(), (options, (error / ulp(size)).max().item())
+        rows = options.get("reduction") == "none"
+        units = error / ulp(want.clamp(min=1) if rows else want)
+        assert units.max() <= (4 if rows else 2), (options, units.max().item())
 
 
 @every_isa

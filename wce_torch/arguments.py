@@ -20,6 +20,12 @@ def describe(value):
     return f"{type(value).__name__} {value!r}"
 
 
+def check_tensors(input, target, weight):
+    for value, name in ((input, "input"), (target, "target"), (weight, "weight")):
+        if not (isinstance(value, torch.Tensor) or (name == "weight" and value is None)):
+            raise TypeError(f"argument '{name}' must be Tensor, not {type(value).__name__}")
+
+
 def reduction_code(reduction, size_average=None, reduce=None):
     """0 none, 1 mean, 2 sum; torch's own deprecation warnings and errors."""
     if size_average is not None or reduce is not None:
@@ -29,14 +35,14 @@ def reduction_code(reduction, size_average=None, reduce=None):
 
 def index_number(ignore_index):
     """An int (or SymInt) from int, numpy integer or 0-d tensor."""
-    if isinstance(ignore_index, (int, torch.SymInt)) and not isinstance(ignore_index, bool):
+    if isinstance(ignore_index, torch.SymInt):
         return ignore_index
-    try:
-        if not isinstance(ignore_index, bool):
-            return operator.index(ignore_index)
-    except TypeError:
-        pass
-    raise TypeError(f"ignore_index must be int, not {type(ignore_index).__name__}")
+    if isinstance(ignore_index, bool) or not hasattr(ignore_index, "__index__"):
+        raise TypeError(f"ignore_index must be int, not {type(ignore_index).__name__}")
+    number = operator.index(ignore_index)
+    if not -(2**63) <= number < 2**63:
+        raise ValueError("Overflow when unpacking long long")
+    return number
 
 
 def real_number(value, name):
@@ -71,7 +77,7 @@ def is_readable(tensor):
 
 def check_tau(tau):
     tau = real_number(tau, "tau")
-    if not (math.isfinite(tau) and tau >= 0):
+    if not 0 <= tau < math.inf:  # comparisons, which torch.compile can trace
         raise ValueError(f"tau: expected a finite number that is not negative, got {tau!r}")
     return tau
 

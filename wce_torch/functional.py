@@ -164,7 +164,7 @@ def _overridden(input, target, weight, legacy, options):
     """``__torch_function__`` of a type gets native's function, so that tables keyed on it match; a
     mode gets ours, so that tracers record our operator."""
     names = ("size_average", "ignore_index", "reduce", "reduction", "label_smoothing")
-    keywords = dict(zip(names, legacy))
+    keywords = dict(zip(names, legacy, strict=True))
     if needs_native(input, target, weight) is not None and not _has_options(options):
         return _native_cross_entropy(input, target, weight, **keywords)
     return handle_torch_function(
@@ -278,7 +278,8 @@ def explain(
         "normalizer": normalizer,
         "empty": empty,
     }
-    code = arguments.reduction_code(reduction, size_average, reduce)
+    arguments.reduction_code(reduction, size_average, reduce)
+    arguments.check_tensors(input, target, weight)
     plain = not _has_options(options)
     extra = {} if plain else operator_options(input, **options)
     why = needs_native(input, target, weight)

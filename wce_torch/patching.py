@@ -1,8 +1,8 @@
 """Routes PyTorch's own cross entropy through ours.
 
-``F.cross_entropy``, its aliases, ``nn.CrossEntropyLoss`` and its subclasses all end in one function,
-``torch._C._nn.cross_entropy_loss``, which they look up at each call. Replacing it reaches them all,
-wherever they were imported; what we do not serve goes on to the original.
+``F.cross_entropy``, its aliases, ``nn.CrossEntropyLoss`` and its subclasses all end in one
+function, ``torch._C._nn.cross_entropy_loss``, which they look up at each call. Replacing it reaches
+them all, wherever they were imported; what we do not serve goes on to the original.
 """
 
 import contextlib

@@ -84,9 +84,10 @@ def nll_loss(
     autocast = _autocast(input)
     with _without_autocast(input):
         target = _wide(target)
-        log_prob = _pick(input, target, ignore_index).to(_acc(input.dtype))
+        loss = _pick_negated(input, target, ignore_index).to(_acc(input.dtype))
         row_weight = _row_weight(weight, input, target, ignore_index)
-        loss = -log_prob if row_weight is None else -log_prob * row_weight
+        if row_weight is not None:
+            loss = loss * row_weight
         loss = _reduce(loss, row_weight, target, ignore_index, reduction)
         return _rounded(loss, input.dtype, autocast)
 
@@ -162,7 +163,7 @@ def cross_entropy_from_probs(
     autocast = _autocast(probs)
     with _without_autocast(probs):
         target = _wide(target)
-        picked = _pick(probs, target, ignore_index)
+        picked = -_pick_negated(probs, target, ignore_index)
         # An ignored row gets probability 1: log 1 = 0, and its derivative is finite.
         prob = torch.where(target == ignore_index, 1, picked).to(_acc(probs.dtype))
         row_weight = _row_weight(weight, probs, target, ignore_index)
@@ -202,12 +203,12 @@ def _torch_raises(input: Tensor, weight: Tensor | None) -> bool:
     return weight.requires_grad and torch.is_grad_enabled()
 
 
-def _pick(table: Tensor, target: Tensor, ignore_index: int) -> Tensor:
-    """table (N, C, d...), target (N, d...) -> table[n, target[n]], exact; 0 where ignored."""
+def _pick_negated(table: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+    """table (N, C, d...), target (N, d...) -> -table[n, target[n]], exact; 0 where ignored."""
     gathers = table.dim() > 2 and not table.is_contiguous()
     gathers &= target.dtype == torch.int64 and target.shape == table.shape[:1] + table.shape[2:]
     if not gathers:
-        return -_torch_nll_loss(table, target, None, ignore_index, "none")
+        return _torch_nll_loss(table, target, None, ignore_index, "none")
     # Here torch's loss would copy the table, or fail in backward (channels_last, torch 2.13).
     counts = target != ignore_index
     index = torch.where(counts, target, 0).unsqueeze(1)
@@ -216,7 +217,7 @@ def _pick(table: Tensor, target: Tensor, ignore_index: int) -> Tensor:
     except RuntimeError:
         _raise_if_out_of_bounds(table, target, ignore_index)
         raise
-    return torch.where(counts, picked, 0)
+    return torch.where(counts, -picked, 0)
 
 
 def _row_weight(
@@ -225,8 +226,9 @@ def _row_weight(
     """weight (C) -> w[target], shape of the target, 0 where ignored."""
     if weight is None:
         return None
-    table = weight.detach().to(_acc(input.dtype)).expand(target.numel(), -1)  # stride 0: no copy
-    return _pick(table, target.reshape(-1), ignore_index).view(target.shape)
+    table = -weight.detach().to(_acc(input.dtype))
+    table = table.expand(target.numel(), -1)  # stride 0: no copy
+    return _pick_negated(table, target.reshape(-1), ignore_index).view(target.shape)
 
 
 def _reduce(

@@ -63,7 +63,7 @@ def cross_entropy_with_stats(
         * ``entropy``: of the row's probabilities, in nats, from 0 to log C; not differentiable.
     """
     code = arguments.reduction_code(reduction, size_average, reduce)
-    _check_tensors(input, target, weight)
+    arguments.check_tensors(input, target, weight)
     options = operator_options(
         input, class_prior, tau, sample_weight, mask, skip_empty_targets, normalizer, empty
     )
@@ -139,8 +139,8 @@ def mixup_cross_entropy(
         Other errors as in :func:`cross_entropy`.
     """
     code = arguments.reduction_code(reduction)
-    _check_tensors(input, target_a, weight)
-    _check_tensors(input, target_b, weight)
+    arguments.check_tensors(input, target_a, weight)
+    arguments.check_tensors(input, target_b, weight)
     options = operator_options(input, class_prior, tau, None, None, False, None, "nan")
     smoothing = _check_smoothing(label_smoothing)
     ignore_index = arguments.index_number(ignore_index)
@@ -220,9 +220,3 @@ def _check_smoothing(label_smoothing):
     if smoothing > 1.0:
         raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {smoothing}")
     return smoothing if smoothing > 0 else 0.0  # also when it is nan
-
-
-def _check_tensors(input, target, weight):
-    for value, name in ((input, "input"), (target, "target"), (weight, "weight")):
-        if not (isinstance(value, torch.Tensor) or (name == "weight" and value is None)):
-            raise TypeError(f"argument '{name}' must be Tensor, not {type(value).__name__}")

@@ -1,8 +1,8 @@
 // arch.cuh -- everything that depends on the machine: PTX, barriers, the launch syntax.
 //
 // Each helper has a host twin, so that the kernels also run on a CPU (tests/cuda_host), where the
-// macros below are defined first. There a test can leave out one barrier or one bounds check, by its
-// name, and expects to be told of it.
+// macros below are defined first. There a test can leave out one barrier or one bounds check by
+// its name, and expects to be told of it.
 #ifndef WCE_CUDA_ARCH_CUH
 #define WCE_CUDA_ARCH_CUH
 

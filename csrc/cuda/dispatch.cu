@@ -9,7 +9,7 @@ wce_cuda_status launched(const char *kernel) {
   return {static_cast<int32_t>(error), kernel, error ? cudaGetErrorString(error) : ""};
 }
 
-// ---- the kernels that belong to no element type --------------------------------------------------
+// ---- the kernels that belong to no element type -------------------------------------------------
 
 template <class A>
 __global__ void __launch_bounds__(256)
@@ -34,14 +34,14 @@ sum_weights(const A *weight, int64_t classes, A *result) {
   if (threadIdx.x == 0) *result = static_cast<A>(all.weight);
 }
 
-// ---- plans -----------------------------------------------------------------------------------------
+// ---- plans --------------------------------------------------------------------------------------
 // Constants are the same for every card: the order of sums must not depend on it.
 
 constexpr int64_t most_partials = 8192;      // blocks that leave a partial sum
 constexpr int64_t most_blocks = 1 << 20;     // of a launch without sums
 constexpr int64_t one_block_bytes = 65536;   // below, one block does everything in one launch
 constexpr int64_t narrow_bytes = 16384;      // of a tile
-constexpr int64_t chunk_columns = 8192;      // least of a chunk
+constexpr int64_t chunk_columns = 2048;      // least of a chunk
 constexpr int64_t busy_items = 1024;         // as many chunks keep a large card busy
 constexpr int64_t most_columns = 1 << 30;    // columns of a chunk are counted in 32 bits
 
@@ -61,8 +61,8 @@ static bool is_packed(const wce_problem &p, const wce_view &v) {
 }
 
 static wce_cuda_plan narrow_plan(const wce_problem &p) {
-  const int64_t row_bytes =
-      p.classes * static_cast<int64_t>(bytes_of(p.dtype) + (p.prob.data ? bytes_of(p.prob_dtype) : 0));
+  const size_t element_bytes = bytes_of(p.dtype) + (p.prob.data ? bytes_of(p.prob_dtype) : 0);
+  const int64_t row_bytes = p.classes * static_cast<int64_t>(element_bytes);
   const int threads = row_bytes * 128 > 2 * narrow_bytes ? 64 : 128;
   int64_t turns = narrow_bytes / (row_bytes * threads);
   if (turns < 1) turns = 1;
@@ -72,11 +72,11 @@ static wce_cuda_plan narrow_plan(const wce_problem &p) {
   return plan;
 }
 
-static wce_cuda_plan rows_plan(const wce_problem &p, bool may_cut) {
+static wce_cuda_plan rows_plan(const wce_problem &p) {
   const int64_t vector = 16 / static_cast<int64_t>(bytes_of(p.dtype)), rows = rows_of(p);
   int64_t chunks = ceil_div(p.classes, most_columns);
   if (chunks < 1) chunks = 1;
-  if (may_cut && rows < busy_items / 2) {
+  if (rows < busy_items / 2) {
     const int64_t wanted = ceil_div(busy_items, rows > 0 ? rows : 1);
     const int64_t possible = p.classes / chunk_columns;
     const int64_t cut = wanted < possible ? wanted : possible;
@@ -167,7 +167,7 @@ extern "C" wce_cuda_plan wce_cuda_forward_plan(const wce_problem *problem) {
   const wce_problem &p = *problem;
   wce_cuda_plan plan = is_narrow(p)   ? narrow_plan(p)
                        : is_planes(p) ? planes_plan(p)
-                                      : rows_plan(p, true);
+                                      : rows_plan(p);
   plan.blocks = most_partials;
   if (logit_bytes(p) <= one_block_bytes && plan.chunks == 1) {
     plan.blocks = 1;
@@ -181,7 +181,7 @@ extern "C" wce_cuda_plan wce_cuda_backward_plan(const wce_problem *problem,
   const wce_problem &p = *problem;
   wce_cuda_plan plan = is_narrow(p) && is_packed(p, grads->dx) ? narrow_plan(p)
                        : is_planes(p)                          ? planes_plan(p)
-                                                               : rows_plan(p, true);
+                                                               : rows_plan(p);
   plan.blocks = most_blocks;
   return plan;
 }

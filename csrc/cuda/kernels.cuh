@@ -82,8 +82,9 @@ struct launcher {
     const wce_cuda_status status = scan_chunks(out, total);
     if (status.code) return status;
     auto kernel = rows_combine<T, BODY>;
-    WCE_LAUNCH(kernel, l.sum_blocks, combine_threads, rows_reduce_bytes<S>(combine_threads), stream, p,
-               out, total, plan.chunks, partials, static_cast<const S *>(pieces()), bad);
+    const int shared = rows_reduce_bytes<S>(combine_threads);
+    WCE_LAUNCH(kernel, l.sum_blocks, combine_threads, shared, stream, p, out, total, plan.chunks,
+               partials, static_cast<const S *>(pieces()), bad);
     return launched("rows_combine");
   }
 

@@ -167,7 +167,7 @@ narrow_backward(wce_problem p, wce_row_grads g, int64_t tile, unsigned long long
       const row_grad<A> d = grad_of_row(p, g, first + k, info, counts(p, info, st), st.m,
                                         log_sum_of(st.m, st.s), BODY == FAST ? A(0) : st.a);
       int c = row.start;
-      for (int j = 0; j < row.classes; ++j, c = row.next(c)) {  // in place: the row is this thread's
+      for (int j = 0; j < row.classes; ++j, c = row.next(c)) {  // in place: nobody else's row
         const A a = BODY == FAST ? A(0) : row.coefficient(c, prob ? row.prob_at(c) : A(0));
         A v = grad_at<A, BODY>(d, row.logit(c), a);
         if (c == d.y) v += d.dy;

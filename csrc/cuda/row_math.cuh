@@ -1,4 +1,4 @@
-// row_math.cuh -- what happens once per row: its target, its loss, the coefficients of its gradient.
+// row_math.cuh -- what happens once per row: its target, loss, and coefficients of its gradient.
 #ifndef WCE_CUDA_ROW_MATH_CUH
 #define WCE_CUDA_ROW_MATH_CUH
 
@@ -181,7 +181,7 @@ WCE_DEVICE void finish_block(const wce_problem &p, const wce_cuda_total &t, cons
   report_bad_target(p, all.bad, bad);
 }
 
-// ---- backward: dx_c = ke*e^(x_c-m) - ka*a_c + dy*[c = y] + dy2*[c = y2], a_c without the spike ----
+// ---- backward: dx_c = ke*e^(x_c-m) - ka*a_c + dy*[c = y] + dy2*[c = y2], a_c without the spike --
 
 template <class A>
 struct row_grad {

@@ -179,7 +179,8 @@ rows_combine(wce_problem p, wce_row_outputs out, wce_cuda_total total, int64_t c
     for (int64_t k = lane; row < rows && k < chunks; k += 32) st.merge(pieces[row * chunks + k]);
     st = merge_lanes(st, 32, reinterpret_cast<S *>(shared));
     if (row < rows && lane == 0) {
-      const T *x = static_cast<const T *>(p.logits.data) + offset_of(p.logits, place_of(row, p.inner));
+      const place at = place_of(row, p.inner);
+      const T *x = static_cast<const T *>(p.logits.data) + offset_of(p.logits, at);
       finish_row(p, out, row, st, load_row_info(p, row, x), mine);
     }
   }

@@ -38,12 +38,10 @@ bool has_tangent(const Tensor &tensor) {
 }
 bool has_tangent(const OptTensor &tensor) { return tensor && has_tangent(*tensor); }
 
-template <class... T>
-bool any_needs_grad(const T &...tensors) {
+template <class... T> bool any_needs_grad(const T &...tensors) {
   return at::GradMode::is_enabled() && (needs_grad(tensors) || ...);
 }
-template <class... T>
-bool any_tangent(const T &...tensors) {
+template <class... T> bool any_tangent(const T &...tensors) {
   return (has_tangent(tensors) || ...);
 }
 
@@ -76,7 +74,7 @@ bool above(const Tensor &tensor, at::ScalarType logits) {
   return tensor.scalar_type() == at::kDouble && logits != at::kDouble;
 }
 
-}  // namespace
+} // namespace
 
 Route route_loss(const LossArgs &a) {
   if (!is_dense(a.input) || !is_dense(a.target) || !is_dense(a.weight))
@@ -123,7 +121,7 @@ bool is_plain(const LossArgs &a, bool empty_zero) {
 void check_weight_grad(const LossArgs &a) {
   if (any_needs_grad(a.weight) && !is_soft(a.input, a.target))
     TORCH_CHECK(false, "wce::cross_entropy is not differentiable with respect to argument "
-                "'weight'. This input cannot have requires_grad True.");
+                       "'weight'. This input cannot have requires_grad True.");
 }
 
 Tensor leave_to_composite(WCE_LOSS_PARAMS(SymInt), const char *why) {
@@ -152,7 +150,7 @@ Tensor leave_to_native(WCE_LOSS_PARAMS(SymInt), const char *why) {
 
 // ---- the loss ----------------------------------------------------------------------------------
 
-}  // namespace
+} // namespace
 
 // The arguments of one call, by reference: apply() looks at each of its arguments, so it gets the
 // logits, which are the one differentiable tensor, and all the others as this.
@@ -167,7 +165,7 @@ struct LossCall {
 
 // Anomaly mode and error texts print the name.
 class CrossEntropy : public torch::autograd::Function<CrossEntropy> {
- public:
+public:
   static constexpr bool is_traceable = true;
 
   static Tensor forward(AutogradContext *ctx, const Tensor &input, const LossCall &call) {
@@ -194,7 +192,7 @@ class CrossEntropy : public torch::autograd::Function<CrossEntropy> {
     return result;
   }
 
- private:
+private:
   struct Options {
     int64_t reduction = WCE_MEAN;
     SymInt ignore_index = -100;
@@ -207,9 +205,8 @@ class CrossEntropy : public torch::autograd::Function<CrossEntropy> {
                    const Tensor &stats) {
     const auto value = [](const OptTensor &tensor) { return tensor ? *tensor : Tensor(); };
     if (call.log_prior || call.sample_weight || call.mask)
-      ctx->save_for_backward({input, call.target, stats, value(call.weight),
-                              value(call.log_prior), value(call.sample_weight),
-                              value(call.mask)});
+      ctx->save_for_backward({input, call.target, stats, value(call.weight), value(call.log_prior),
+                              value(call.sample_weight), value(call.mask)});
     else if (call.weight)
       ctx->save_for_backward({input, call.target, stats, *call.weight});
     else
@@ -246,16 +243,18 @@ Tensor cross_entropy_any(WCE_LOSS_PARAMS(SymInt)) {
   if (route.path == Path::composite) return leave_to_composite(WCE_LOSS_ARGS, route.why);
   if (route.path == Path::native) return leave_to_native(WCE_LOSS_ARGS, route.why);
   if (any_needs_grad(input)) {
-    const LossCall call{target,       weight,    log_prior,       sample_weight, mask,       normalizer,
-                        ignore_index, reduction, label_smoothing, empty_zero,    skip_empty, out_fp32};
+    const LossCall call{target,     weight,       log_prior, sample_weight,   mask,
+                        normalizer, ignore_index, reduction, label_smoothing, empty_zero,
+                        skip_empty, out_fp32};
     return CrossEntropy::apply(input, call);
   }
   at::AutoDispatchBelowAutograd below;
   return std::get<0>(forward(WCE_LOSS_ARGS));
 }
 
-// Gradients of `outputs` with respect to x, with a graph of their own. The engine must not be entered
-// with the GIL, which a caller in Python may hold (kernels reached through __torch_dispatch__).
+// Gradients of `outputs` with respect to x, with a graph of their own. The engine must not be
+// entered with the GIL, which a caller in Python may hold (kernels reached through
+// __torch_dispatch__).
 Tensor differentiable_grad(const variable_list &outputs, const Tensor &x,
                            const variable_list &grads) {
   std::optional<pybind11::gil_scoped_release> release;
@@ -269,8 +268,7 @@ Tensor backward_composite(WCE_BACKWARD_PARAMS(SymInt)) {
   leave_fused("a gradient of the gradient (or a batch of gradients) is wanted");
   at::AutoGradMode enable(true);
   const Tensor x = input.requires_grad() ? input : input.detach().requires_grad_(true);
-  const OptTensor normalizer =
-      reduction == WCE_MEAN ? OptTensor(stats.select(0, 0)) : OptTensor();
+  const OptTensor normalizer = reduction == WCE_MEAN ? OptTensor(stats.select(0, 0)) : OptTensor();
   const bool out_fp32 = grad.scalar_type() == at::kFloat && input.scalar_type() != at::kDouble;
   const Tensor loss =
       composite(x, target, weight, reduction, ignore_index, label_smoothing, log_prior,
@@ -286,7 +284,7 @@ Tensor backward_autograd(WCE_BACKWARD_PARAMS(SymInt)) {
   return backward(WCE_BACKWARD_ARGS);
 }
 
-}  // namespace
+} // namespace
 
 // ---- rows --------------------------------------------------------------------------------------
 
@@ -298,7 +296,7 @@ struct RowsCall {
 };
 
 class RowStatistics : public torch::autograd::Function<RowStatistics> {
- public:
+public:
   static constexpr bool is_traceable = true;
 
   static variable_list forward(AutogradContext *ctx, const Tensor &input, const RowsCall &call) {
@@ -307,9 +305,8 @@ class RowStatistics : public torch::autograd::Function<RowStatistics> {
         input, call.target, call.target2, call.target_prob, call.weight, call.log_prior, call.mask,
         call.spike, call.floor, call.soft, call.ignore_index, call.skip_empty, call.entropy);
     const auto value = [](const OptTensor &tensor) { return tensor ? *tensor : Tensor(); };
-    ctx->save_for_backward({input, value(call.target), value(call.target2),
-                            value(call.target_prob), value(call.weight), value(call.log_prior),
-                            value(call.mask), stats});
+    ctx->save_for_backward({input, value(call.target), value(call.target2), value(call.target_prob),
+                            value(call.weight), value(call.log_prior), value(call.mask), stats});
     ctx->saved_data["spike"] = call.spike;
     ctx->saved_data["floor"] = call.floor;
     ctx->saved_data["soft"] = call.soft;
@@ -344,7 +341,7 @@ class RowStatistics : public torch::autograd::Function<RowStatistics> {
 namespace {
 
 RowsResult rows_autograd(WCE_ROWS_PARAMS(SymInt)) {
-  const RowsArgs args{input, target, target2, target_prob, weight, log_prior,
+  const RowsArgs args{input, target, target2, target_prob, weight,    log_prior,
                       mask,  spike,  floor,   soft,        skip_empty};
   const Route route = route_rows(args);
   if (route.path != Path::fused) {
@@ -385,8 +382,8 @@ Tensor rows_backward_composite(WCE_ROWS_BACKWARD_PARAMS(SymInt)) {
 }
 
 Tensor rows_backward_autograd(WCE_ROWS_BACKWARD_PARAMS(SymInt)) {
-  if (any_needs_grad(grad_loss, grad_lse, grad_log_prob, grad_log_prob2, input, target_prob,
-                     weight, log_prior) ||
+  if (any_needs_grad(grad_loss, grad_lse, grad_log_prob, grad_log_prob2, input, target_prob, weight,
+                     log_prior) ||
       any_tangent(grad_loss, grad_lse, grad_log_prob, grad_log_prob2, input, target_prob, weight,
                   log_prior))
     return rows_backward_composite(WCE_ROWS_BACKWARD_ARGS);
@@ -396,8 +393,7 @@ Tensor rows_backward_autograd(WCE_ROWS_BACKWARD_PARAMS(SymInt)) {
 
 // ---- autocast: 16-bit logits are read as they are, only the result becomes fp32 ----------------
 
-template <c10::DispatchKey key>
-Tensor cross_entropy_autocast(WCE_LOSS_PARAMS(SymInt)) {
+template <c10::DispatchKey key> Tensor cross_entropy_autocast(WCE_LOSS_PARAMS(SymInt)) {
   c10::impl::ExcludeDispatchKeyGuard off(key);
   out_fp32 = input.scalar_type() != at::kDouble;
   return cross_entropy(WCE_LOSS_ARGS);
@@ -414,7 +410,7 @@ Tensor cross_entropy_functorch(WCE_LOSS_PARAMS(SymInt)) {
 }
 
 RowsResult rows_functorch(WCE_ROWS_PARAMS(SymInt)) {
-  const RowsArgs args{input, target, target2, target_prob, weight, log_prior,
+  const RowsArgs args{input, target, target2, target_prob, weight,    log_prior,
                       mask,  spike,  floor,   soft,        skip_empty};
   leave_fused("a transform of torch.func is active");
   check_rows(args);
@@ -432,8 +428,8 @@ Tensor cross_entropy_tracer(WCE_LOSS_PARAMS(SymInt)) {
   return composite(WCE_LOSS_ARGS);
 }
 
-}  // namespace
-}  // namespace wce
+} // namespace
+} // namespace wce
 
 TORCH_LIBRARY_IMPL(wce, Autograd, m) {
   m.impl("cross_entropy", wce::cross_entropy_any);

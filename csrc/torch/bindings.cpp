@@ -61,11 +61,10 @@ at::Tensor cross_entropy_entry(const at::Tensor &input, const at::Tensor &target
 
 // ("fused" | "composite" | "native", why) for tensors outside of transforms and traces.
 std::pair<std::string, std::string> route_entry(const at::Tensor &input, const at::Tensor &target,
-                                                const OptTensor &weight,
-                                                const OptTensor &log_prior,
+                                                const OptTensor &weight, const OptTensor &log_prior,
                                                 const OptTensor &sample_weight,
                                                 const OptTensor &normalizer) {
-  const LossArgs args{input,     target,        weight,    WCE_MEAN,   0.0,
+  const LossArgs args{input,     target,        weight,    WCE_MEAN,  0.0,
                       log_prior, sample_weight, no_tensor, normalizer};
   const Route route = route_loss(args);
   static const char *const names[] = {"fused", "composite", "native"};
@@ -115,8 +114,8 @@ py::dict build_info() {
   return info;
 }
 
-}  // namespace
-}  // namespace wce
+} // namespace
+} // namespace wce
 
 PYBIND11_MODULE(_C, m) {
   m.def("cross_entropy", wce::cross_entropy_entry);

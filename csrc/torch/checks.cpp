@@ -59,8 +59,8 @@ void check_device(const at::Tensor &input, const at::Tensor &other, const char *
 }
 
 void check_smoothing(double label_smoothing) {
-  TORCH_CHECK(!(label_smoothing > 1.0), "label_smoothing must be between 0.0 and 1.0. Got: ",
-              label_smoothing);
+  TORCH_CHECK(!(label_smoothing > 1.0),
+              "label_smoothing must be between 0.0 and 1.0. Got: ", label_smoothing);
 }
 
 void check_logits(const at::Tensor &input) {
@@ -75,9 +75,9 @@ void check_logits(const at::Tensor &input) {
 void check_flat_target(const at::Tensor &input, const at::Tensor &target) {
   TORCH_CHECK(target.dim() <= 1, "0D or 1D target tensor expected, multi-target not supported");
   if (input.dim() == 1)
-    TORCH_CHECK_VALUE(target.dim() == 0 || target.sym_size(0) == 1,
-                      "For 1D input, 1D target must have size 1, but got target size: ",
-                      target.sym_size(0));
+    TORCH_CHECK_VALUE(
+        target.dim() == 0 || target.sym_size(0) == 1,
+        "For 1D input, 1D target must have size 1, but got target size: ", target.sym_size(0));
 }
 
 // (N, C, d1, ..., dK) logits, K >= 1.
@@ -91,16 +91,17 @@ void check_spatial_target(const at::Tensor &input, const at::Tensor &target) {
               "only batches of spatial targets supported (3D tensors) but got targets of "
               "dimension: ",
               target.dim());
-  TORCH_CHECK(false, "input and target batch or spatial sizes don't match: size mismatch "
-              "(got input: ", input.sym_sizes(), " , target: ", target.sym_sizes(), ")");
+  TORCH_CHECK(false,
+              "input and target batch or spatial sizes don't match: size mismatch "
+              "(got input: ",
+              input.sym_sizes(), " , target: ", target.sym_sizes(), ")");
 }
 
 void check_index_target(const at::Tensor &input, const at::Tensor &target) {
   if (input.dim() > 1) {
     const SymInt batch = target.dim() > 0 ? target.sym_size(0) : SymInt(0);
-    TORCH_CHECK_VALUE(target.dim() > 0 && input.sym_size(0) == batch,
-                      "Expected input batch_size (", input.sym_size(0),
-                      ") to match target batch_size (", batch, ").");
+    TORCH_CHECK_VALUE(target.dim() > 0 && input.sym_size(0) == batch, "Expected input batch_size (",
+                      input.sym_size(0), ") to match target batch_size (", batch, ").");
   }
   if (input.dim() <= 2)
     check_flat_target(input, target);
@@ -216,10 +217,10 @@ void check_row_grad(const at::Tensor &input, const OptTensor &grad, const char *
     check_per_row(input, *grad, name, "floating point", is_logits_type(grad->scalar_type()));
 }
 
-}  // namespace
+} // namespace
 
 bool saves_stats(const SymInt &classes) {
-  static const int64_t widest_without = [] {  // a symbol is compared, never turned into a number
+  static const int64_t widest_without = [] { // a symbol is compared, never turned into a number
     int64_t width = 0;
     while (!wce_saves_stats(width + 1)) width++;
     return width;
@@ -321,7 +322,7 @@ bool is_bad(int64_t value, const wce_problem &p) {
   return prior == -std::numeric_limits<double>::infinity();
 }
 
-}  // namespace
+} // namespace
 
 void raise_bad_row(const wce_problem &p, at::IntArrayRef shape, int64_t bad_row) {
   for (const int64_t *target : {p.target, p.target2})
@@ -347,4 +348,4 @@ void check_target_values(const at::Tensor &input, const at::Tensor &target, int6
     if (is_bad(problem.target[row], problem)) raise_bad_row(problem, target.sizes(), row);
 }
 
-}  // namespace wce
+} // namespace wce

@@ -29,7 +29,7 @@ void advise_huge_pages(void *data, size_t bytes) {
   const uintptr_t address = reinterpret_cast<uintptr_t>(data);
   const uintptr_t begin = (address + page - 1) & ~(page - 1);
   const uintptr_t end = (address + bytes) & ~(page - 1);
-  const int saved = errno;  // advice only: where it is refused nothing is lost
+  const int saved = errno; // advice only: where it is refused nothing is lost
   madvise(reinterpret_cast<void *>(begin), end - begin, MADV_HUGEPAGE);
   errno = saved;
 #else
@@ -37,4 +37,4 @@ void advise_huge_pages(void *data, size_t bytes) {
 #endif
 }
 
-}  // namespace wce
+} // namespace wce

@@ -98,26 +98,26 @@ at::ScalarType prob_type(at::ScalarType prob, at::ScalarType acc) {
   return prob == at::kBFloat16 || prob == at::kHalf ? prob : at::kFloat;
 }
 
-}  // namespace
+} // namespace
 
 wce_dtype dtype_of(at::ScalarType type) {
   switch (type) {
-    case at::kFloat:
-      return WCE_F32;
-    case at::kDouble:
-      return WCE_F64;
-    case at::kBFloat16:
-      return WCE_BF16;
-    case at::kHalf:
-      return WCE_F16;
-    default:
-      TORCH_CHECK_NOT_IMPLEMENTED(false, "\"cross_entropy\" not implemented for '",
-                                  c10::toString(type), "'");
+  case at::kFloat:
+    return WCE_F32;
+  case at::kDouble:
+    return WCE_F64;
+  case at::kBFloat16:
+    return WCE_BF16;
+  case at::kHalf:
+    return WCE_F16;
+  default:
+    TORCH_CHECK_NOT_IMPLEMENTED(false, "\"cross_entropy\" not implemented for '",
+                                c10::toString(type), "'");
   }
 }
 
-at::ScalarType loss_type(const at::Tensor &input, const at::Tensor &target,
-                         const OptTensor &weight, bool soft, bool out_fp32) {
+at::ScalarType loss_type(const at::Tensor &input, const at::Tensor &target, const OptTensor &weight,
+                         bool soft, bool out_fp32) {
   at::ScalarType type = input.scalar_type();
   if (soft) {
     type = c10::promoteTypes(type, target.scalar_type());
@@ -139,7 +139,7 @@ void Problem::set_logits(const at::Tensor &input) {
     if (d != layout.class_dim) rows *= sizes_[d];
 
   input_ = Owned::borrowed(input);
-  if (rows == 0 || c.classes == 0) return;  // nothing will be read
+  if (rows == 0 || c.classes == 0) return; // nothing will be read
   Fit fit;
   if (!choose_layout(input, layout, fit)) {
     input_ = Owned::owned(input.contiguous());
@@ -166,9 +166,8 @@ void Problem::set_prob(const at::Tensor &prob) {
 }
 
 const int64_t *Problem::index_target(const at::Tensor &target, Owned &owner) {
-  owner = is_contiguous_of(target, at::kLong)
-              ? Owned::borrowed(target)
-              : Owned::owned(target.to(at::kLong).contiguous());
+  owner = is_contiguous_of(target, at::kLong) ? Owned::borrowed(target)
+                                              : Owned::owned(target.to(at::kLong).contiguous());
   return owner->const_data_ptr<int64_t>();
 }
 
@@ -186,7 +185,7 @@ const uint8_t *Problem::bool_rows(const OptTensor &mask) {
 
 Problem::Problem(const LossArgs &args, int64_t ignore_index) {
   set_logits(args.input);
-  const double smoothing = args.label_smoothing > 0 ? args.label_smoothing : 0;  // nan: none
+  const double smoothing = args.label_smoothing > 0 ? args.label_smoothing : 0; // nan: none
   c.floor = smoothing > 0 && c.classes > 0 ? smoothing / static_cast<double>(c.classes) : 0;
   if (is_soft(args.input, args.target)) {
     set_prob(args.target);
@@ -258,8 +257,7 @@ c10::MaybeOwned<at::Tensor> rows_as(const at::Tensor &tensor, at::ScalarType acc
                                        : Owned::owned(tensor.to(acc).contiguous());
 }
 
-void set_grad(wce_row_grads &grads, const at::Tensor &grad,
-              c10::MaybeOwned<at::Tensor> &owner) {
+void set_grad(wce_row_grads &grads, const at::Tensor &grad, c10::MaybeOwned<at::Tensor> &owner) {
   bool one_value = true;
   for (int64_t d = 0; d < grad.dim(); d++)
     if (grad.size(d) != 1 && grad.stride(d) != 0) one_value = false;
@@ -269,4 +267,4 @@ void set_grad(wce_row_grads &grads, const at::Tensor &grad,
   grads.grad_stride = one_value ? 0 : 1;
 }
 
-}  // namespace wce
+} // namespace wce

@@ -23,50 +23,50 @@ using OptTensor = std::optional<at::Tensor>;
 // Int is c10::SymInt in front of the backends and int64_t in kernels that read memory.
 
 // Arguments of cross_entropy, forward and composite.
-#define WCE_LOSS_PARAMS(Int)                                                                     \
-  const at::Tensor &input, const at::Tensor &target, const wce::OptTensor &weight,               \
-      int64_t reduction, Int ignore_index, double label_smoothing,                               \
-      const wce::OptTensor &log_prior, const wce::OptTensor &sample_weight,                      \
-      const wce::OptTensor &mask, const wce::OptTensor &normalizer, bool empty_zero,             \
+#define WCE_LOSS_PARAMS(Int)                                                                       \
+  const at::Tensor &input, const at::Tensor &target, const wce::OptTensor &weight,                 \
+      int64_t reduction, Int ignore_index, double label_smoothing,                                 \
+      const wce::OptTensor &log_prior, const wce::OptTensor &sample_weight,                        \
+      const wce::OptTensor &mask, const wce::OptTensor &normalizer, bool empty_zero,               \
       bool skip_empty, bool out_fp32
-#define WCE_LOSS_ARGS                                                                            \
-  input, target, weight, reduction, ignore_index, label_smoothing, log_prior, sample_weight,     \
-      mask, normalizer, empty_zero, skip_empty, out_fp32
+#define WCE_LOSS_ARGS                                                                              \
+  input, target, weight, reduction, ignore_index, label_smoothing, log_prior, sample_weight, mask, \
+      normalizer, empty_zero, skip_empty, out_fp32
 
-#define WCE_BACKWARD_PARAMS(Int)                                                                 \
-  const at::Tensor &grad, const at::Tensor &input, const at::Tensor &target,                     \
-      const wce::OptTensor &weight, const at::Tensor &stats, int64_t reduction,                  \
-      Int ignore_index, double label_smoothing, const wce::OptTensor &log_prior,                 \
+#define WCE_BACKWARD_PARAMS(Int)                                                                   \
+  const at::Tensor &grad, const at::Tensor &input, const at::Tensor &target,                       \
+      const wce::OptTensor &weight, const at::Tensor &stats, int64_t reduction, Int ignore_index,  \
+      double label_smoothing, const wce::OptTensor &log_prior,                                     \
       const wce::OptTensor &sample_weight, const wce::OptTensor &mask, bool skip_empty
-#define WCE_BACKWARD_ARGS                                                                        \
-  grad, input, target, weight, stats, reduction, ignore_index, label_smoothing, log_prior,       \
+#define WCE_BACKWARD_ARGS                                                                          \
+  grad, input, target, weight, stats, reduction, ignore_index, label_smoothing, log_prior,         \
       sample_weight, mask, skip_empty
 
 // Arguments of rows_forward and rows_composite.
-#define WCE_ROWS_PARAMS(Int)                                                                     \
-  const at::Tensor &input, const wce::OptTensor &target, const wce::OptTensor &target2,          \
-      const wce::OptTensor &target_prob, const wce::OptTensor &weight,                           \
-      const wce::OptTensor &log_prior, const wce::OptTensor &mask, double spike, double floor,   \
+#define WCE_ROWS_PARAMS(Int)                                                                       \
+  const at::Tensor &input, const wce::OptTensor &target, const wce::OptTensor &target2,            \
+      const wce::OptTensor &target_prob, const wce::OptTensor &weight,                             \
+      const wce::OptTensor &log_prior, const wce::OptTensor &mask, double spike, double floor,     \
       double soft, Int ignore_index, bool skip_empty, bool entropy
-#define WCE_ROWS_ARGS                                                                            \
-  input, target, target2, target_prob, weight, log_prior, mask, spike, floor, soft,              \
-      ignore_index, skip_empty, entropy
+#define WCE_ROWS_ARGS                                                                              \
+  input, target, target2, target_prob, weight, log_prior, mask, spike, floor, soft, ignore_index,  \
+      skip_empty, entropy
 
-#define WCE_ROWS_BACKWARD_PARAMS(Int)                                                            \
-  const wce::OptTensor &grad_loss, const wce::OptTensor &grad_lse,                               \
-      const wce::OptTensor &grad_log_prob, const wce::OptTensor &grad_log_prob2,                 \
-      const at::Tensor &input, const wce::OptTensor &target, const wce::OptTensor &target2,      \
-      const wce::OptTensor &target_prob, const wce::OptTensor &weight,                           \
-      const wce::OptTensor &log_prior, const wce::OptTensor &mask, const at::Tensor &stats,      \
+#define WCE_ROWS_BACKWARD_PARAMS(Int)                                                              \
+  const wce::OptTensor &grad_loss, const wce::OptTensor &grad_lse,                                 \
+      const wce::OptTensor &grad_log_prob, const wce::OptTensor &grad_log_prob2,                   \
+      const at::Tensor &input, const wce::OptTensor &target, const wce::OptTensor &target2,        \
+      const wce::OptTensor &target_prob, const wce::OptTensor &weight,                             \
+      const wce::OptTensor &log_prior, const wce::OptTensor &mask, const at::Tensor &stats,        \
       double spike, double floor, double soft, Int ignore_index, bool skip_empty
-#define WCE_ROWS_BACKWARD_ARGS                                                                   \
-  grad_loss, grad_lse, grad_log_prob, grad_log_prob2, input, target, target2, target_prob,       \
-      weight, log_prior, mask, stats, spike, floor, soft, ignore_index, skip_empty
+#define WCE_ROWS_BACKWARD_ARGS                                                                     \
+  grad_loss, grad_lse, grad_log_prob, grad_log_prob2, input, target, target2, target_prob, weight, \
+      log_prior, mask, stats, spike, floor, soft, ignore_index, skip_empty
 
 using LossAndStats = std::tuple<at::Tensor, at::Tensor>;
 // loss, stats, lse, log_prob, log_prob2, entropy, correct
-using RowsResult = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor,
-                              at::Tensor, at::Tensor>;
+using RowsResult =
+    std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 using LossFn = at::Tensor(WCE_LOSS_PARAMS(c10::SymInt));
 using ForwardFn = LossAndStats(WCE_LOSS_PARAMS(c10::SymInt));
@@ -160,7 +160,7 @@ struct Problem {
   // The shape of one value per row: that of the logits without the class dimension.
   c10::SmallVector<int64_t, 6> row_shape() const;
 
- private:
+private:
   using Owned = c10::MaybeOwned<at::Tensor>;
   Owned input_, target_, target2_, prob_, weight_, prior_, sample_weight_, mask_;
   c10::IntArrayRef sizes_;
@@ -175,12 +175,12 @@ struct Problem {
 // that the kernels write through. Where that memory has another unit stride than the problem's
 // logits the kernels write to `buffer`, and finish() copies.
 class Gradient {
- public:
+public:
   Gradient(const at::Tensor &input, const Problem &problem);
   wce_view view() const { return view_; }
   at::Tensor finish();
 
- private:
+private:
   at::Tensor dx_, buffer_;
   wce_view view_{};
 };
@@ -188,14 +188,13 @@ class Gradient {
 // Converts `tensor` to one contiguous value per row of type acc (or leaves it as it is).
 c10::MaybeOwned<at::Tensor> rows_as(const at::Tensor &tensor, at::ScalarType acc);
 
-// Upstream gradient of the loss: data, dtype and stride (0: one value for all rows) for wce_row_grads.
-// `owner` keeps a converted copy alive.
-void set_grad(wce_row_grads &grads, const at::Tensor &grad,
-              c10::MaybeOwned<at::Tensor> &owner);
+// Upstream gradient of the loss: data, dtype and stride (0: one value for all rows) for
+// wce_row_grads. `owner` keeps a converted copy alive.
+void set_grad(wce_row_grads &grads, const at::Tensor &grad, c10::MaybeOwned<at::Tensor> &owner);
 
 // ---- hugepages.cpp -----------------------------------------------------------------------------
 
 // Asks for huge pages behind [data, data + bytes) where that pays and the system has them.
 void advise_huge_pages(void *data, size_t bytes);
 
-}  // namespace wce
+} // namespace wce

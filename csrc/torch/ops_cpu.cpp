@@ -22,8 +22,7 @@ at::Tensor empty(at::IntArrayRef sizes, at::ScalarType type) {
   return at::detail::empty_cpu(sizes, type);
 }
 
-template <class Body>
-void for_each_task(const wce_plan &plan, const Body &body) {
+template <class Body> void for_each_task(const wce_plan &plan, const Body &body) {
   const int64_t grain =
       std::max<int64_t>(1, elements_per_chunk / std::max<int64_t>(1, plan.work_per_task));
   at::parallel_for(0, plan.tasks, grain, [&](int64_t begin, int64_t end) {
@@ -35,7 +34,7 @@ wce_sums run_forward(const Problem &problem, const wce_row_outputs &out) {
   if (problem.rows == 0) return {0, 0, 0, -1};
   const wce_plan plan = wce_cpu_plan(&problem.c);
   c10::SmallVector<wce_sums, 8> sums(plan.tasks);
-  std::vector<wce_piece> pieces(plan.pieces);  // no allocation where a row is never split
+  std::vector<wce_piece> pieces(plan.pieces); // no allocation where a row is never split
   for_each_task(plan, [&](int64_t task) {
     wce_cpu_forward(&plan, &problem.c, &out, task, sums.data(), pieces.data());
   });
@@ -56,17 +55,17 @@ void run_backward(const Problem &problem, const wce_row_grads &grads) {
 void set_value(const at::Tensor &scalar, double value) {
   void *data = scalar.mutable_data_ptr();
   switch (scalar.scalar_type()) {
-    case at::kFloat:
-      *static_cast<float *>(data) = static_cast<float>(value);
-      break;
-    case at::kDouble:
-      *static_cast<double *>(data) = value;
-      break;
-    case at::kBFloat16:
-      *static_cast<c10::BFloat16 *>(data) = static_cast<float>(value);
-      break;
-    default:
-      *static_cast<c10::Half *>(data) = static_cast<float>(value);
+  case at::kFloat:
+    *static_cast<float *>(data) = static_cast<float>(value);
+    break;
+  case at::kDouble:
+    *static_cast<double *>(data) = value;
+    break;
+  case at::kBFloat16:
+    *static_cast<c10::BFloat16 *>(data) = static_cast<float>(value);
+    break;
+  default:
+    *static_cast<c10::Half *>(data) = static_cast<float>(value);
   }
 }
 
@@ -151,7 +150,7 @@ at::Tensor backward_cpu(WCE_BACKWARD_PARAMS(int64_t)) {
 // ---- rows --------------------------------------------------------------------------------------
 
 RowsResult rows_forward_cpu(WCE_ROWS_PARAMS(int64_t)) {
-  const RowsArgs args{input, target, target2, target_prob, weight, log_prior,
+  const RowsArgs args{input, target, target2, target_prob, weight,    log_prior,
                       mask,  spike,  floor,   soft,        skip_empty};
   check_rows(args);
   const Problem problem(args, ignore_index);
@@ -164,7 +163,8 @@ RowsResult rows_forward_cpu(WCE_ROWS_PARAMS(int64_t)) {
   };
   at::Tensor loss = empty(shape, acc), stats = empty({2, problem.rows}, acc);
   at::Tensor lse = empty(shape, acc), entropies = wanted(entropy, acc);
-  at::Tensor log_prob = wanted(target.has_value(), acc), log_prob2 = wanted(target2.has_value(), acc);
+  at::Tensor log_prob = wanted(target.has_value(), acc),
+             log_prob2 = wanted(target2.has_value(), acc);
   at::Tensor correct = wanted(target.has_value(), at::kBool);
 
   const auto pointer = [](const at::Tensor &tensor, bool asked) {
@@ -172,7 +172,8 @@ RowsResult rows_forward_cpu(WCE_ROWS_PARAMS(int64_t)) {
   };
   wce_row_outputs out{};
   out.max = stats.mutable_data_ptr();
-  out.log_sum = static_cast<char *>(out.max) + problem.rows * static_cast<int64_t>(stats.itemsize());
+  out.log_sum =
+      static_cast<char *>(out.max) + problem.rows * static_cast<int64_t>(stats.itemsize());
   out.loss = loss.mutable_data_ptr();
   out.loss_dtype = dtype_of(acc);
   out.lse = lse.mutable_data_ptr();
@@ -186,7 +187,7 @@ RowsResult rows_forward_cpu(WCE_ROWS_PARAMS(int64_t)) {
 }
 
 at::Tensor rows_backward_cpu(WCE_ROWS_BACKWARD_PARAMS(int64_t)) {
-  const RowsArgs args{input, target, target2, target_prob, weight, log_prior,
+  const RowsArgs args{input, target, target2, target_prob, weight,    log_prior,
                       mask,  spike,  floor,   soft,        skip_empty};
   check_rows_backward(args, stats, grad_loss, grad_lse, grad_log_prob, grad_log_prob2);
   const Problem problem(args, ignore_index);
@@ -212,8 +213,8 @@ at::Tensor rows_backward_cpu(WCE_ROWS_BACKWARD_PARAMS(int64_t)) {
   return dx.finish();
 }
 
-}  // namespace
-}  // namespace wce
+} // namespace
+} // namespace wce
 
 TORCH_LIBRARY_IMPL(wce, CPU, m) {
   m.impl("forward", wce::forward_cpu);

@@ -1,13 +1,12 @@
 // ops_cuda.cpp -- the CUDA kernels of the ops: check, allocate, launch on the current stream, wrap.
 //
-// No CUDA header here, so that the file also builds against a torch without CUDA: the stream comes
-// from torch's device-independent interface, the launchers are the C functions of wce_cuda.h.
+// No CUDA header here, so that the file also builds against a torch without CUDA: the launchers are
+// the C functions of wce_cuda.h.
 // Nothing waits for the device, unless WCE_CHECK_TARGETS=sync asks for exceptions at once.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
 #include <c10/core/DeviceGuard.h>
-#include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/library.h>
 
 #include <cstdlib>
@@ -16,17 +15,12 @@
 
 #include "../cuda/wce_cuda.h"
 #include "ops.h"
+#include "stream_cuda.h"
 
 namespace wce {
 namespace {
 
 using at::Tensor;
-
-// The current stream of a device, as the CUDA runtime knows it.
-void *current_stream(const at::Device &device) {
-  const c10::impl::VirtualGuardImpl guard(device.type());
-  return reinterpret_cast<void *>(guard.getStream(device).native_handle());
-}
 
 void check_launch(const wce_cuda_status &status) {
   TORCH_CHECK(status.code == 0, "wce_torch: CUDA kernel ", status.kernel, " failed: ", status.text,
@@ -80,7 +74,7 @@ class TargetCheck {
 
 void run_forward(const Problem &problem, const Tensor &input, const wce_row_outputs &out,
                  const wce_cuda_total &total, at::IntArrayRef target_shape) {
-  void *stream = current_stream(input.device());
+  void *stream = current_cuda_stream(input.device());
   const TargetCheck check(input, stream);
   const wce_cuda_plan plan = wce_cuda_forward_plan(&problem.c);
   const Tensor workspace = device_bytes(input, wce_cuda_forward_workspace(&plan, &problem.c));
@@ -90,7 +84,7 @@ void run_forward(const Problem &problem, const Tensor &input, const wce_row_outp
 }
 
 void run_backward(const Problem &problem, const Tensor &input, const wce_row_grads &grads) {
-  void *stream = current_stream(input.device());
+  void *stream = current_cuda_stream(input.device());
   const TargetCheck check(input, stream);  // forward has raised: here a bad row is just 0
   const wce_cuda_plan plan = wce_cuda_backward_plan(&problem.c, &grads);
   const Tensor workspace =

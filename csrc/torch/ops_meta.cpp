@@ -13,7 +13,7 @@ namespace {
 using c10::SymInt;
 
 struct Rows {
-  c10::SmallVector<SymInt, 6> shape;  // of one value per row
+  c10::SmallVector<SymInt, 6> shape; // of one value per row
   SymInt count = 1, classes;
 };
 
@@ -39,12 +39,10 @@ LossAndStats forward_meta(WCE_LOSS_PARAMS(SymInt)) {
   check_loss(args, ignore_index);
   (void)empty_zero;
   const Rows rows = rows_of(input);
-  const at::ScalarType type =
-      loss_type(input, target, weight, is_soft(input, target), out_fp32);
+  const at::ScalarType type = loss_type(input, target, weight, is_soft(input, target), out_fp32);
   const SymInt saved = saves_stats(rows.classes) ? rows.count * 2 + 1 : SymInt(1);
-  at::Tensor loss =
-      empty(reduction == WCE_NONE ? c10::SymIntArrayRef(rows.shape) : c10::SymIntArrayRef(), input,
-            type);
+  at::Tensor loss = empty(
+      reduction == WCE_NONE ? c10::SymIntArrayRef(rows.shape) : c10::SymIntArrayRef(), input, type);
   return {loss, empty({saved}, input, acc_type(input.scalar_type()))};
 }
 
@@ -57,7 +55,7 @@ at::Tensor backward_meta(WCE_BACKWARD_PARAMS(SymInt)) {
 }
 
 RowsResult rows_forward_meta(WCE_ROWS_PARAMS(SymInt)) {
-  const RowsArgs args{input, target, target2, target_prob, weight, log_prior,
+  const RowsArgs args{input, target, target2, target_prob, weight,    log_prior,
                       mask,  spike,  floor,   soft,        skip_empty};
   check_rows(args);
   (void)ignore_index;
@@ -77,15 +75,15 @@ RowsResult rows_forward_meta(WCE_ROWS_PARAMS(SymInt)) {
 }
 
 at::Tensor rows_backward_meta(WCE_ROWS_BACKWARD_PARAMS(SymInt)) {
-  const RowsArgs args{input, target, target2, target_prob, weight, log_prior,
+  const RowsArgs args{input, target, target2, target_prob, weight,    log_prior,
                       mask,  spike,  floor,   soft,        skip_empty};
   check_rows_backward(args, stats, grad_loss, grad_lse, grad_log_prob, grad_log_prob2);
   (void)ignore_index;
   return at::empty_like(input);
 }
 
-}  // namespace
-}  // namespace wce
+} // namespace
+} // namespace wce
 
 TORCH_LIBRARY_IMPL(wce, Meta, m) {
   m.impl("forward", wce::forward_meta);

@@ -4,7 +4,7 @@
 
 #include "ops.h"
 
-#define WCE_SCHEMA_LOSS                                                                           \
+#define WCE_SCHEMA_LOSS                                                                            \
   "(Tensor input, Tensor target, Tensor? weight=None, int reduction=1, SymInt ignore_index=-100, " \
   "float label_smoothing=0.0, *, Tensor? log_prior=None, Tensor? sample_weight=None, "             \
   "Tensor? mask=None, Tensor? normalizer=None, bool empty_zero=False, bool skip_empty=False, "     \
@@ -29,34 +29,31 @@ TORCH_LIBRARY(wce, m) {
   // stats, 1-D of type float32 (float64 for float64 logits): the mean's denominator, and for more
   // than 32 classes m[rows] and L[rows] after it.
   m.def("forward" WCE_SCHEMA_LOSS " -> (Tensor loss, Tensor stats)", tags);
-  m.def(
-      "backward(Tensor grad, Tensor input, Tensor target, Tensor? weight, Tensor stats, "
-      "int reduction, SymInt ignore_index, float label_smoothing, *, Tensor? log_prior=None, "
-      "Tensor? sample_weight=None, Tensor? mask=None, bool skip_empty=False) -> Tensor",
-      tags);
+  m.def("backward(Tensor grad, Tensor input, Tensor target, Tensor? weight, Tensor stats, "
+        "int reduction, SymInt ignore_index, float label_smoothing, *, Tensor? log_prior=None, "
+        "Tensor? sample_weight=None, Tensor? mask=None, bool skip_empty=False) -> Tensor",
+        tags);
 
   // What one pass knows of each row: loss = A*L - sum a(x-m), lse = m + L, log_prob of the target
   // and of target2, entropy, correct. Results that were not asked for have shape (0).
   // stats: m and L as (2, rows).
   m.def("rows_forward" WCE_SCHEMA_ROWS, tags);
   m.def("rows_composite" WCE_SCHEMA_ROWS, tags);
-  m.def(
-      "rows_backward(Tensor? grad_loss, Tensor? grad_lse, Tensor? grad_log_prob, "
-      "Tensor? grad_log_prob2, Tensor input, Tensor? target, Tensor? target2, "
-      "Tensor? target_prob, Tensor? weight, Tensor? log_prior, Tensor? mask, Tensor stats, "
-      "float spike, float floor, float soft, SymInt ignore_index, bool skip_empty) -> Tensor",
-      tags);
+  m.def("rows_backward(Tensor? grad_loss, Tensor? grad_lse, Tensor? grad_log_prob, "
+        "Tensor? grad_log_prob2, Tensor input, Tensor? target, Tensor? target2, "
+        "Tensor? target_prob, Tensor? weight, Tensor? log_prior, Tensor? mask, Tensor stats, "
+        "float spike, float floor, float soft, SymInt ignore_index, bool skip_empty) -> Tensor",
+        tags);
 }
 
 namespace wce {
 namespace {
 
-template <class Fn>
-c10::TypedOperatorHandle<Fn> find_op(const char *name) {
+template <class Fn> c10::TypedOperatorHandle<Fn> find_op(const char *name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Fn>();
 }
 
-}  // namespace
+} // namespace
 
 at::Tensor cross_entropy(WCE_LOSS_PARAMS(c10::SymInt)) {
   static const auto op = find_op<LossFn>("wce::cross_entropy");
@@ -93,4 +90,4 @@ at::Tensor rows_backward(WCE_ROWS_BACKWARD_PARAMS(c10::SymInt)) {
   return op.call(WCE_ROWS_BACKWARD_ARGS);
 }
 
-}  // namespace wce
+} // namespace wce

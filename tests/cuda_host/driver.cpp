@@ -90,8 +90,10 @@ struct test_case {
   bool read() {
     if (!read_exactly(f, sizeof f)) return false;
     const size_t x_size = size_of(f[DTYPE]), prob_size = size_of(f[PROB_DTYPE]);
-    for (int k = 0; k < ARRAYS; ++k)
-      read_array(in[k], k == X ? f[X_AT] * x_size % 16 : k == PROB ? f[PROB_AT] * prob_size % 16 : 0);
+    size_t skew[ARRAYS] = {};
+    skew[X] = f[X_AT] * x_size % 16;
+    skew[PROB] = f[PROB_AT] * prob_size % 16;
+    for (int k = 0; k < ARRAYS; ++k) read_array(in[k], skew[k]);
     acc = f[DTYPE] == WCE_F64 ? 8 : 4;
     rows = static_cast<size_t>(f[OUTER] * f[INNER]);
     p.dtype = static_cast<wce_dtype>(f[DTYPE]);

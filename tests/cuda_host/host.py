@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-
 from reference import log_prior_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,33 +27,66 @@ ENVIRONMENT = {"ASAN_OPTIONS": "detect_leaks=1:detect_stack_use_after_return=0",
                "UBSAN_OPTIONS": "print_stacktrace=1", "PATH": "/usr/bin:/bin"}
 
 
-def build(folder):
-    """The driver's path. Compiles what is older than its sources."""
-    gxx = shutil.which("g++")
+def _newest(*patterns):
+    """Time of the last change of a header."""
+    return max(path.stat().st_mtime for pattern in patterns for path in ROOT.glob(pattern))
+
+
+def _compile(folder, sources, command, newest):
+    """Objects of the sources, compiled where older than source or headers."""
     folder.mkdir(parents=True, exist_ok=True)
-    headers = [*(ROOT / "csrc").glob("*.h"), *(ROOT / "csrc/cuda").glob("*.*h"),
-               *HERE.glob("include/*.h")]
-    newest = max(path.stat().st_mtime for path in headers)
-    sources = [*(ROOT / "csrc/cuda").glob("*.cu"), *HERE.glob("*.cpp")]
     objects = {source: folder / (source.stem + ".o") for source in sources}
 
     def compile_one(source):
         target = objects[source]
         if target.exists() and target.stat().st_mtime > max(newest, source.stat().st_mtime):
             return
-        command = [gxx, *FLAGS, f"-I{HERE}/include", f"-I{ROOT}/csrc/cuda", "-x", "c++", "-c",
-                   str(source), "-o", str(target)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, " ".join(command) + "\n" + done.stderr
+        line = [*command, "-x", "c++", "-c", str(source), "-o", str(target)]
+        done = subprocess.run(line, capture_output=True, text=True)
+        assert done.returncode == 0, " ".join(line) + "\n" + done.stderr
 
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(compile_one, sources))
-    driver = folder / "driver"
-    if not driver.exists() or any(o.stat().st_mtime > driver.stat().st_mtime
-                                  for o in objects.values()):
-        subprocess.run([gxx, "-fsanitize=address,undefined", *map(str, objects.values()),
-                        "-o", str(driver)], check=True)
-    return driver
+    return list(objects.values())
+
+
+def _link(objects, target, *flags):
+    if target.exists() and all(o.stat().st_mtime < target.stat().st_mtime for o in objects):
+        return target
+    subprocess.run([shutil.which("g++"), *flags, *map(str, objects), "-o", str(target)],
+                   check=True)
+    return target
+
+
+INCLUDES = (f"-I{HERE}/include", f"-I{ROOT}/csrc/cuda", f"-I{ROOT}/csrc/torch")
+KERNELS = sorted((ROOT / "csrc/cuda").glob("*.cu"))
+KERNEL_HEADERS = ("csrc/*.h", "csrc/cuda/*.*h", "tests/cuda_host/include/*.h")
+
+
+def build(folder):
+    """The driver's path. Compiles what is older than its sources."""
+    sources = [*KERNELS, HERE / "shim.cpp", HERE / "driver.cpp"]
+    command = [shutil.which("g++"), *FLAGS, *INCLUDES]
+    objects = _compile(folder, sources, command, _newest(*KERNEL_HEADERS))
+    return _link(objects, folder / "driver", "-fsanitize=address,undefined")
+
+
+def build_glue(folder):
+    """The path of a library that puts the CUDA glue and kernels in the CPU operator's place."""
+    from torch.utils.cpp_extension import include_paths, library_paths
+
+    plain = [shutil.which("g++"), "-O1", "-g0", "-fPIC", "-fvisibility=hidden", *INCLUDES]
+    objects = _compile(folder, [*KERNELS, HERE / "shim.cpp"],
+                       [*plain, "-std=c++17", "-Wno-unknown-pragmas"], _newest(*KERNEL_HEADERS))
+    glue = [HERE / "glue.cpp", *(ROOT / f"csrc/torch/{name}.cpp"
+                                 for name in ("checks", "layout", "hugepages"))]
+    torch_flags = [*plain, "-std=c++20", *(f"-isystem{path}" for path in include_paths()),
+                   f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
+    objects += _compile(folder, glue, torch_flags, _newest("csrc/*.h", "csrc/torch/*.h",
+                                                           "csrc/torch/ops_cuda.cpp"))
+    where = [flag for path in library_paths() for flag in (f"-L{path}", f"-Wl,-rpath,{path}")]
+    return _link(objects, folder / "libglue.so", "-shared", *where, "-Wl,--no-as-needed",
+                 "-lc10", "-ltorch_cpu")
 
 
 # ---- views ---------------------------------------------------------------------------------------
