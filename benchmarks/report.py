@@ -294,6 +294,17 @@ def cliff_lines(found: Findings, limit: float = 2.0) -> list[str]:
     return lines
 
 
+def remark_lines(found: Findings) -> list[str]:
+    """Whatever is to be said about cases, those of the same fate in one line."""
+    fates: dict[tuple[str, str], list[str]] = {}
+    for case, malloc, status, notes in found.status:
+        words = "; ".join([status] * (status != "ok") + notes)
+        if words:
+            fates.setdefault((words, malloc), []).append(case)
+    return [f"{words} ({malloc} malloc): {', '.join(names)}"
+            for (words, malloc), names in fates.items()]
+
+
 # ---- Markdown -----------------------------------------------------------------------------------
 
 
@@ -344,11 +355,7 @@ def summary(found: Findings, environment: dict) -> str:
     lists = {
         "Cases that we lose": losing_lines(found),
         "Jumps of more than 2x between neighbours of a scaling curve": cliff_lines(found),
-        "Cases without a number, and remarks": [
-            f"{case} ({malloc} malloc): {status}{''.join('; ' + n for n in notes)}"
-            for case, malloc, status, notes in found.status
-            if status != "ok" or notes
-        ],
+        "Cases without a number, and remarks": remark_lines(found),
     }
     for title, lines in lists.items():
         parts += [f"## {title}\n", "\n".join(f"* {line}" for line in lines or ["none"]) + "\n"]

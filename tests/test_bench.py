@@ -20,6 +20,7 @@ from benchmarks.report import (
     cliff_lines,
     losing_lines,
     publish,
+    remark_lines,
     target_lines,
 )
 
@@ -363,6 +364,14 @@ def test_losses_and_cliffs_are_listed():
     assert len(losing_lines(found)) == 1
     (cliff,) = cliff_lines(found)
     assert "1000000x10 to 10000000x10" in cliff
+
+
+def test_remarks_of_the_same_kind_are_one_line():
+    found = Findings()
+    found.status = [("a", "keep", "ok", []), ("b", "keep", "skipped", []),
+                    ("c", "keep", "skipped", []), ("d", "keep", "ok", ["eager does not run"])]
+    assert remark_lines(found) == ["skipped (keep malloc): b, c",
+                                   "eager does not run (keep malloc): d"]
 
 
 def test_publishing_keeps_the_remarks(tmp_path):

@@ -3,6 +3,7 @@
 import copy
 import io
 import multiprocessing
+import os
 import pickle
 import subprocess
 import sys
@@ -302,12 +303,9 @@ def test_module_in_a_child_process(context):
 
 
 def run_python(code, **env):
-    """Runs code in a fresh interpreter; its output, or the test fails with what it said."""
-    import os
-
-    result = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, text=True,
-                            capture_output=True, env={**os.environ, **env}, timeout=300)
-    return result
+    """Runs code in a fresh interpreter: the finished process."""
+    return subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, text=True,
+                          capture_output=True, env={**os.environ, **env}, timeout=300)
 
 
 def test_environment_chooses_the_instruction_set():

@@ -25,9 +25,6 @@ def route(
 ) -> tuple[str, str]:
     """("fused" | "composite" | "native", why) of a call without transforms and traces."""
 
-def leave_fused(why: str, /) -> None:
-    """Raises a RuntimeError if the environment has WCE_STRICT=1."""
-
 def cpu_isas() -> list[str]:
     """Instruction sets that this build, processor and system support, weakest first."""
 

@@ -7,6 +7,7 @@ operators, which know the logits' shape in every case.
 import math
 import numbers
 import operator
+import os
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,14 @@ def describe(value):
     if isinstance(value, torch.Tensor):
         return f"{value.dtype} tensor of shape {list(value.shape)}"
     return f"{type(value).__name__} {value!r}"
+
+
+def leave_fused(why):
+    """As wce::leave_fused in csrc/torch/autograd.cpp, in a form that torch.compile can trace."""
+    if os.environ.get("WCE_STRICT") == "1":
+        raise RuntimeError(
+            f"WCE_STRICT=1: this call of wce_torch would leave the fused kernels: {why}"
+        )
 
 
 def check_tensors(input, target, weight):

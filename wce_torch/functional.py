@@ -143,7 +143,7 @@ def _general(
         return native_loss(input, target, weight, code, ignore_index, label_smoothing)
     why = needs_native(input, target, weight)
     if why is not None and plain:
-        _C.leave_fused(why)
+        arguments.leave_fused(why)
         return native_loss(input, target, weight, code, ignore_index, label_smoothing)
     args = (
         input,
@@ -155,7 +155,7 @@ def _general(
     )
     extra = {} if plain else operator_options(input, **options)
     if why is not None:
-        _C.leave_fused(why)
+        arguments.leave_fused(why)
         return composite.composite(*args, **extra)
     return torch.ops.wce.cross_entropy(*args, **extra)
 
@@ -196,10 +196,15 @@ def operator_options(
 
 
 def _has_options(options):
-    return options["tau"] != 1.0 or options["empty"] != "nan" or any(
-        options[name] is not None
-        for name in ("class_prior", "sample_weight", "mask", "normalizer")
-    ) or bool(options["skip_empty_targets"])
+    return (
+        options["tau"] != 1.0
+        or options["empty"] != "nan"
+        or any(
+            options[name] is not None
+            for name in ("class_prior", "sample_weight", "mask", "normalizer")
+        )
+        or bool(options["skip_empty_targets"])
+    )
 
 
 # ---- which way ---------------------------------------------------------------------------------

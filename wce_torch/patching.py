@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.overrides import has_torch_function
 
-from . import _C, functional
+from . import arguments, functional
 
 _TAG = "wce_torch"
 _lock = threading.RLock()
@@ -45,7 +45,7 @@ def cross_entropy_loss(
         return functional.native_loss(*args)
     why = functional.needs_native(input, target, weight)
     if why is not None:
-        _C.leave_fused(why)
+        arguments.leave_fused(why)
         return functional.native_loss(*args)
     return torch.ops.wce.cross_entropy(*args)
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import _C, arguments, composite
+from . import arguments, composite
 from .functional import check_class_weight, needs_native, operator_options
 
 
@@ -187,7 +187,7 @@ def _rows(input, target, target2, target_prob, weight, log_prior, *rest):
     args = (input, target, target2, target_prob, weight, log_prior, *rest)
     if why is None:
         return torch.ops.wce.rows_forward(*args)
-    _C.leave_fused(why)
+    arguments.leave_fused(why)
     return composite.rows_composite(*args)
 
 

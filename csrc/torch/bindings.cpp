@@ -119,7 +119,6 @@ py::dict build_info() {
 
 PYBIND11_MODULE(_C, m) {
   m.def("cross_entropy", wce::cross_entropy_entry);
-  m.def("leave_fused", [](const std::string &why) { wce::leave_fused(why.c_str()); });
   m.def("route", wce::route_entry, py::arg("input"), py::arg("target"), py::arg("weight"),
         py::arg("log_prior"), py::arg("sample_weight"), py::arg("normalizer"));
   m.def("cpu_isas", wce::cpu_isas);

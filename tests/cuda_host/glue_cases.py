@@ -121,6 +121,9 @@ def bad_targets():
 
 if __name__ == "__main__":
     torch.ops.load_library(sys.argv[1])
+    # The CUDA operator leaves 1 as the denominator of a sum; the CPU operator the rows' weight.
+    _, stats = torch.ops.wce.forward(torch.zeros(3, 5), torch.zeros(3, dtype=torch.long), None, 2)
+    assert stats[0] == 1, "the library did not take the CPU operator's place"
     for step in (grid, layouts, statistics, mixup, edges, bad_targets):
         step()
         print(step.__name__, flush=True)
