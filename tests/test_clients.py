@@ -29,7 +29,7 @@ pytestmark = pytest.mark.clients
 # Native and ours add in other orders. The optimizers (SGD, or Adam with an epsilon that is not
 # small against the gradients) pass such a difference on without blowing it up.
 FLOAT32 = {"rtol": 1e-5, "atol": 1e-6}
-# Under autocast both compute the loss in float32 and round its gradient to bfloat16 once. An element
+# Under autocast both compute the loss in float32 and round its gradient to bfloat16 once. Elements
 # next to a rounding border may fall on the other side, half a percent of that element, and that is
 # all that differs in the following steps.
 AUTOCAST = {"rtol": 5e-5, "atol": 0.0}
@@ -57,6 +57,10 @@ class Watch(TorchDispatchMode):
 
     def saw_only_native(self):
         return bool(self.calls) and not any(name.startswith("wce.") for name in self.calls)
+
+
+def package(name):
+    return pytest.importorskip(name, reason=f"{name} is missing; make test-clients installs it")
 
 
 def patched_if(way):
@@ -92,8 +96,8 @@ def _quiet():
 @pytest.fixture(scope="module")
 def hf():
     os.environ["HF_HUB_OFFLINE"] = "1"
-    pytest.importorskip("accelerate")
-    transformers = pytest.importorskip("transformers")
+    package("accelerate")
+    transformers = package("transformers")
     transformers.logging.set_verbosity_error()
     return transformers
 
@@ -317,7 +321,7 @@ def one_of_two_processes(folder):
 
 @pytest.fixture(scope="module")
 def lightning():
-    return pytest.importorskip("lightning")
+    return package("lightning")
 
 
 CONTEXT = 8
@@ -420,9 +424,9 @@ def test_lightning_bf16_true(lightning, tmp_path, way):
 
 @pytest.fixture(scope="module")
 def monai():
-    module = pytest.importorskip("monai")
-    pytest.importorskip("monai.losses")
-    pytest.importorskip("monai.networks.nets")
+    module = package("monai")
+    package("monai.losses")
+    package("monai.networks.nets")
     return module
 
 
@@ -472,7 +476,7 @@ def dice_ce(monai, way, **options):
     ("classes", torch.channels_last_3d),
     ("smoothed classes", torch.contiguous_format),
     ("one-hot", torch.channels_last_3d),
-])
+], ids=["classes", "channels last", "smoothed", "one-hot"])
 @pytest.mark.parametrize("way", WAYS)
 def test_monai_dice_ce(monai, way, labels_are, memory_format):
     image, labels = volumes()

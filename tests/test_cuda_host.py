@@ -141,7 +141,7 @@ def placed_problem(case, dtype, way, seed=0, **more):
     x, target, options = case.build(DTYPES[dtype], seed=seed)
     if layout.endswith("matrix"):
         keep = ("sample_weight", "mask")
-        target = to_rows(target) if case.soft else target.reshape(-1)
+        target = to_rows(target).contiguous() if case.soft else target.reshape(-1)
         options = {k: v.reshape(-1) if k in keep else v for k, v in options.items()}
     x = place(x, layout)
     target = place(target, layout) if case.soft and not layout.endswith("matrix") else target
