@@ -1,5 +1,5 @@
 # make demo          train a small network with torch's loss and with ours, side by side
-# make test          build and run the whole suite        ARGS="-k name" goes to pytest
+# make test          build and run the whole suite        ARGS="-k name" goes to pytest, JOBS=2
 # make test-slow     tests that take minutes or tens of GiB
 # make test-clients  Hugging Face, Lightning and MONAI with our loss
 # make bench         verify, then time                    QUICK=1, DEVICE=cuda, ARGS=...
@@ -11,6 +11,7 @@
 
 PYTHON ?= python3
 ARGS ?=
+JOBS ?= 2
 SECONDS ?= 60
 SEED ?= 1
 
@@ -40,7 +41,7 @@ demo: build
 	$(RUN) examples/imbalanced_digits.py $(ARGS)
 
 test: build
-	$(RUN) -m pytest -q $(ARGS)
+	$(RUN) -m pytest -q -n $(JOBS) --dist loadfile $(ARGS)
 
 test-slow: build
 	$(RUN) -m pytest -q -m slow $(ARGS)

@@ -15,17 +15,7 @@ import sysconfig
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parents[1]
-
-
-def load_setup():
-    """setup.py as a module: it knows where nvcc is, its flags and the architectures."""
-    spec = importlib.util.spec_from_file_location("wce_setup", ROOT / "setup.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
+from c_driver.build import ROOT, load_setup
 
 setup_py = load_setup()
 NVCC = setup_py.find_nvcc()
