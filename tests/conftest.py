@@ -12,6 +12,13 @@ def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run tests marked slow")
 
 
+def pytest_configure(config):
+    # Several pytest processes at once: OpenMP teams of all of them on the same processors spend
+    # their time waiting for each other. Tests about threads set a number of their own.
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        torch.set_num_threads(1)
+
+
 def pytest_collection_modifyitems(config, items):
     asked = config.getoption("--slow") or os.environ.get("WCE_SLOW") == "1"
     asked = asked or "slow" in (config.getoption("-m") or "").replace("not slow", "")

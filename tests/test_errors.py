@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from reference import DTYPES, REDUCTIONS, Case, assert_near, reference
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import wce_torch
-from reference import DTYPES, REDUCTIONS, Case, assert_near, reference
 
 ce = wce_torch.cross_entropy
 

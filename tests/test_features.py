@@ -8,11 +8,24 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from reference import (
+    DTYPES,
+    FEATURE_CASES,
+    LAYOUTS,
+    REDUCTIONS,
+    Case,
+    as_layout,
+    assert_near,
+    case_ids,
+    check,
+    log_prior_of,
+    reference,
+    run,
+    same_bits,
+)
+from test_ops import peak_bytes
 
 import wce_torch
-from reference import (DTYPES, FEATURE_CASES, LAYOUTS, REDUCTIONS, Case, as_layout, assert_near,
-                       case_ids, check, log_prior_of, reference, run, same_bits)
-from test_ops import peak_bytes
 
 ce = wce_torch.cross_entropy
 with_stats = wce_torch.cross_entropy_with_stats
@@ -592,8 +605,9 @@ def test_mixup_reads_the_logits_once():
 
 @pytest.mark.parametrize("lam, words", [(1.5, "1.5"), (-0.1, "-0.1"), (math.nan, "nan"),
                                         (torch.tensor([0.5, 2.0, 0.1, 0.2]), "2"),
-                                        (torch.rand(3), "3"), (torch.ones(4, dtype=torch.long), "int"),
-                                        ("0.5", "str")], ids=str)
+                                        (torch.ones(3), "3"), (torch.ones(4, dtype=torch.long), "int"),
+                                        ("0.5", "str")],
+                         ids=["above", "below", "nan", "tensor", "shape", "integers", "text"])
 def test_mixup_bad_lam(lam, words):
     with pytest.raises((ValueError, TypeError), match="lam") as caught:
         mixup(torch.randn(4, 5), torch.tensor([0, 1, 2, 3]), torch.tensor([0, 1, 2, 3]), lam)

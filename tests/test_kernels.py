@@ -15,13 +15,24 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import ISAS
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference import (
+    DTYPES,
+    REDUCTIONS,
+    Batch,
+    Case,
+    as_layout,
+    assert_near,
+    check,
+    reference,
+    run,
+    same_bits,
+    to_rows,
+)
 
 import wce_torch
-from conftest import ISAS
-from reference import (DTYPES, REDUCTIONS, Batch, Case, as_layout, assert_near, check, reference,
-                       run, same_bits, to_rows)
 from wce_torch import _C
 
 ce = wce_torch.cross_entropy
@@ -473,10 +484,12 @@ def big(case, dtype):
 
 
 @every_isa
-@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+@pytest.mark.parametrize("dtype", ["f64", "bf16"])
 @pytest.mark.parametrize("name", BIG)
 @pytest.mark.parametrize("body", ["weighted", "smooth", "soft"])
 def test_same_bits_for_any_number_of_threads(isa, dtype, name, body):
+    """Sums of float32 values are taken in float64, which hides an order that varies; float64 does
+    not."""
     x, target, options = big(Case(BIG[name], **BODIES[body]), DTYPES[dtype])
     results = {}
     for threads in (1, 2, 3):
@@ -494,7 +507,7 @@ def test_same_bits_for_any_number_of_threads(isa, dtype, name, body):
 
 
 @every_isa
-@pytest.mark.parametrize("dtype", ["f64", "f16"])
+@pytest.mark.parametrize("dtype", ["f32", "f16"])
 @pytest.mark.parametrize("name", ["narrow", "split", "image"])
 def test_same_bits_in_the_other_dtypes(isa, dtype, name):
     x, target, options = big(Case(BIG[name], weight="positive"), DTYPES[dtype])
@@ -511,7 +524,7 @@ def test_same_bits_in_the_other_dtypes(isa, dtype, name):
 @every_regime
 @pytest.mark.parametrize("shape", [(3000, 65), (9, 70_000), (2, 7, 200, 200)], ids=str)
 def test_same_bits_in_every_forced_regime(isa, kind, shape, forced):
-    x, target, options = big(Case(shape, weight="positive"), torch.float32)
+    x, target, options = big(Case(shape, weight="positive"), torch.float64)
     torch.set_num_threads(1)
     one = run(ce, x, target, options)
     torch.set_num_threads(3)

@@ -10,12 +10,26 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from reference import (
+    DTYPES,
+    FEATURE_CASES,
+    LAYOUTS,
+    NATIVE_CASES,
+    REDUCTIONS,
+    SMALL_CASES,
+    Case,
+    as_layout,
+    assert_near,
+    case_ids,
+    check,
+    reference,
+    run,
+    same_bits,
+)
 from torch.testing._internal.common_methods_invocations import op_db
 from torch.testing._internal.common_modules import module_db
 
 import wce_torch
-from reference import (DTYPES, FEATURE_CASES, LAYOUTS, NATIVE_CASES, REDUCTIONS, SMALL_CASES, Case,
-                       as_layout, assert_near, case_ids, check, reference, run, same_bits)
 
 ce = wce_torch.cross_entropy
 INF, NAN = math.inf, math.nan

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from reference import assert_near, reference, run, same_bits
 
 import wce_torch
-from reference import assert_near, reference, run, same_bits
 
 ce = wce_torch.cross_entropy
 Loss, Native = wce_torch.CrossEntropyLoss, torch.nn.CrossEntropyLoss

@@ -11,6 +11,21 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from reference import (
+    DTYPES,
+    SMALL_CASES,
+    SMALL_FEATURE_CASES,
+    Case,
+    as_layout,
+    assert_near,
+    case_ids,
+    check,
+    log_prior_of,
+    reference,
+    run,
+    same_bits,
+)
+from test_reference import composed
 from torch._dynamo.testing import AotEagerAndRecordGraphs, CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck, gradgradcheck
@@ -18,9 +33,6 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing._internal.common_methods_invocations import op_db
 
 import wce_torch
-from reference import (DTYPES, SMALL_CASES, SMALL_FEATURE_CASES, Case, as_layout, assert_near,
-                       case_ids, check, log_prior_of, reference, run, same_bits)
-from test_reference import composed
 
 ce = wce_torch.cross_entropy
 ops = torch.ops.wce
@@ -494,14 +506,14 @@ def test_compile_dynamic_is_one_graph():
 
 @pytest.mark.parametrize("options", [{}, {"weight": torch.rand(7)}, {"label_smoothing": 0.2},
                                      {"class_prior": torch.arange(1.0, 8.0), "tau": 0.5},
-                                     {"empty": "zero", "ignore_index": 3}], ids=str)
+                                     {"empty": "zero", "ignore_index": 3}], ids="-".join)
 def test_compile_module(options):
     """Built outside of the compiled function, and inside of it."""
     module = wce_torch.CrossEntropyLoss(**options)
     x, y = torch.randn(6, 7), torch.randint(7, (6,))
     outside = torch.compile(module, backend="aot_eager", fullgraph=True)
     assert same_bits(outside(x, y), module(x, y))
-    if not options.get("class_prior", None) is None:
+    if options.get("class_prior", None) is not None:
         return  # building a prior looks at its values
 
     def build(x, y):
@@ -583,7 +595,7 @@ class Model(torch.nn.Module):
 
 @pytest.mark.parametrize("strict", [False, True], ids=["loose", "strict"])
 @pytest.mark.parametrize("options", [{}, {"weight": torch.rand(6)}, {"label_smoothing": 0.1},
-                                     {"class_prior": torch.arange(1.0, 7.0)}], ids=str)
+                                     {"class_prior": torch.arange(1.0, 7.0)}], ids="-".join)
 def test_export(options, strict, tmp_path):
     """Dynamic batch; the graph holds our operator; saved, loaded and decomposed it still runs."""
     model = Model(**options)

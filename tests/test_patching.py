@@ -8,13 +8,13 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
+from reference import assert_near, reference, run, same_bits
+from test_module import ROOT, segmentation_losses
 from torch.nn.functional import cross_entropy as early_alias
 from torch.testing._internal.common_methods_invocations import op_db
 from torch.testing._internal.common_modules import module_db
 
 import wce_torch
-from reference import assert_near, reference, run, same_bits
-from test_module import ROOT, segmentation_losses
 
 ORIGINAL = torch._C._nn.cross_entropy_loss
 X = torch.randn(6, 5, generator=torch.Generator().manual_seed(4))

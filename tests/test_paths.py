@@ -6,10 +6,10 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-
-import wce_torch
 from reference import DTYPES
 from test_module import run_python
+
+import wce_torch
 
 ce, explain = wce_torch.cross_entropy, wce_torch.explain
 X = torch.randn(6, 5, generator=torch.Generator().manual_seed(4))

@@ -5,9 +5,19 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-
-from reference import (FEATURE_CASES, LAYOUTS, NATIVE_CASES, Case, as_layout, case_ids, from_rows,
-                       log_prior_of, position_shape, reference, to_rows)
+from reference import (
+    FEATURE_CASES,
+    LAYOUTS,
+    NATIVE_CASES,
+    Case,
+    as_layout,
+    case_ids,
+    from_rows,
+    log_prior_of,
+    position_shape,
+    reference,
+    to_rows,
+)
 
 # Both sides compute in float64; they differ by the order of additions.
 CLOSE = {"rtol": 1e-11, "atol": 1e-12}

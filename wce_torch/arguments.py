@@ -44,12 +44,14 @@ def reduction_code(reduction, size_average=None, reduce=None):
 
 def index_number(ignore_index):
     """An int (or SymInt) from int, numpy integer or 0-d tensor."""
-    if isinstance(ignore_index, torch.SymInt):
-        return ignore_index
-    if isinstance(ignore_index, bool) or not hasattr(ignore_index, "__index__"):
+    if isinstance(ignore_index, (int, torch.SymInt)) and not isinstance(ignore_index, bool):
+        number = ignore_index
+    elif isinstance(ignore_index, bool) or not hasattr(ignore_index, "__index__"):
         raise TypeError(f"ignore_index must be int, not {type(ignore_index).__name__}")
-    number = operator.index(ignore_index)
-    if not -(2**63) <= number < 2**63:
+    else:
+        number = operator.index(ignore_index)
+    # A symbol of torch.compile stays free of guards.
+    if not torch.compiler.is_compiling() and not -(2**63) <= number < 2**63:
         raise ValueError("Overflow when unpacking long long")
     return number
 

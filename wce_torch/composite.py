@@ -51,24 +51,10 @@ def composite(
     counts = counting_rows(input, index, prob, mask, ignore_index, skip_empty)
     x = _Shifted(input, log_prior, counts)
     rows = _row_losses(x, index, prob, weight, **coefficients)
-    acc = rows.dtype
-    if sample_weight is not None:
-        rows = torch.where(counts, rows * sample_weight.to(acc).reshape(rows.shape), 0.0)
-    dtype = result_type(input, target, weight, soft, out_fp32)
-    if reduction == NONE:
-        return rows.to(dtype)
-    total = rows.sum()
-    if reduction == SUM:
-        return total.to(dtype)
-    if normalizer is not None:
-        denominator = normalizer.to(acc).reshape(())
-    else:
-        shares = row_weights(counts, index, weight, sample_weight, acc)
-        denominator = shares.sum() if classes else shares.new_zeros(())
-    mean = total / denominator
-    if empty_zero:
-        mean = torch.where(counts.any(), mean, 0.0)
-    return mean.to(dtype)
+    if not classes and normalizer is None:
+        normalizer = rows.new_zeros(())  # the mean over no classes is nan, as in torch
+    loss = _reduced(rows, counts, index, weight, sample_weight, normalizer, reduction, empty_zero)
+    return loss.to(result_type(input, target, weight, soft, out_fp32))
 
 
 def rows_composite(
@@ -85,12 +71,19 @@ def rows_composite(
     ignore_index,
     skip_empty,
     entropy,
+    *,
+    sample_weight=None,
+    normalizer=None,
+    reduction=NONE,
+    empty_zero=False,
 ):
     """What one pass knows of each row; arguments and results as in ``wce::rows_forward``, but
     ``stats`` is empty."""
     counts = counting_rows(input, target, target_prob, mask, ignore_index, skip_empty)
     x = _Shifted(input, log_prior, counts)
-    loss = _row_losses(x, target, target_prob, weight, spike, floor, soft)
+    rows = _row_losses(x, target, target_prob, weight, spike, floor, soft)
+    index = target if target_prob is None else None
+    loss = _reduced(rows, counts, index, weight, sample_weight, normalizer, reduction, empty_zero)
     # lse and entropy are those of every row, counted or not
     every = _Shifted(input, log_prior, None)
     lse = every.max + every.log_sum
@@ -198,6 +191,23 @@ def counting_rows(input, target, prob, mask, ignore_index, skip_empty):
         dim = _class_dim(input)
         counts = counts & ((prob.detach().amax(dim) != 0) | (prob.detach().amin(dim) != 0))
     return counts
+
+
+def _reduced(rows, counts, target, weight, sample_weight, normalizer, reduction, empty_zero):
+    """The loss of each row, times its sample weight, or their mean or sum."""
+    if sample_weight is not None:
+        rows = torch.where(counts, rows * sample_weight.to(rows.dtype).reshape(rows.shape), 0.0)
+    if reduction == NONE:
+        return rows
+    total = rows.sum()
+    if reduction == SUM:
+        return total
+    if normalizer is None:
+        denominator = row_weights(counts, target, weight, sample_weight, rows.dtype).sum()
+    else:
+        denominator = normalizer.to(rows.dtype).reshape(())
+    mean = total / denominator
+    return torch.where(counts.any(), mean, 0.0) if empty_zero else mean
 
 
 def row_weights(counts, target, weight, sample_weight, acc):

@@ -166,6 +166,7 @@ def _overridden(input, target, weight, legacy, options):
     names = ("size_average", "ignore_index", "reduce", "reduction", "label_smoothing")
     keywords = dict(zip(names, legacy, strict=True))
     if needs_native(input, target, weight) is not None and not _has_options(options):
+        arguments.leave_fused(needs_native(input, target, weight))
         return _native_cross_entropy(input, target, weight, **keywords)
     return handle_torch_function(
         cross_entropy,

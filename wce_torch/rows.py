@@ -73,6 +73,8 @@ def cross_entropy_with_stats(
     if soft and ignore_index >= 0:
         raise RuntimeError("ignore_index is not supported for floating point target")
     index, prob = (None, target) if soft else (target, None)
+    if not soft:
+        check_class_weight(weight)
     classes = _classes(input)
     loss, _, lse, log_prob, _, entropy, correct = _rows(
         input,
@@ -86,19 +88,13 @@ def cross_entropy_with_stats(
         smoothing / classes if smoothing else 0.0,
         1.0 - smoothing if soft else 0.0,
         ignore_index,
-        options.get("skip_empty", False),
+        options["skip_empty"],
         True,
+        sample_weight=sample_weight,
+        normalizer=options.get("normalizer"),
+        reduction=code,
+        empty_zero=options["empty_zero"],
     )
-    if not soft:
-        # The gradient of a weight would be lost here; torch refuses it too.
-        check_class_weight(weight)
-    counts = composite.counting_rows(
-        input, index, prob, mask, ignore_index, options.get("skip_empty", False)
-    )
-    row_weights = composite.row_weights(counts, index, weight, sample_weight, loss.dtype)
-    if sample_weight is not None:
-        loss = torch.where(counts, loss * sample_weight.to(loss.dtype).reshape(loss.shape), 0.0)
-    loss = _reduced(loss, row_weights, code, options, counts)
     loss = loss.to(_result_type(input, target, weight, soft))
     if soft:
         return CrossEntropyStats(loss, lse, None, None, entropy)
@@ -175,35 +171,29 @@ def mixup_cross_entropy(
         row_weights = composite.row_weights(counts, target, weight, None, smooth.dtype)
         picked = composite.minus_product((1.0 - smoothing) * row_weights, log_prob)
         loss = share * torch.where(counts, picked + smooth, 0.0)
-        total = total + _reduced(loss, row_weights, code, options, counts)
+        total = total + _reduced(loss, row_weights, code)
     return total.to(_result_type(input, target_a, weight, False))
 
 
 # ---- shared ------------------------------------------------------------------------------------
 
 
-def _rows(input, target, target2, target_prob, weight, log_prior, *rest):
+def _rows(input, target, target2, target_prob, weight, log_prior, *rest, **keywords):
     why = needs_native(input, target, target2, target_prob, weight)
     args = (input, target, target2, target_prob, weight, log_prior, *rest)
     if why is None:
-        return torch.ops.wce.rows_forward(*args)
+        return torch.ops.wce.rows_forward(*args, **keywords)
     arguments.leave_fused(why)
-    return composite.rows_composite(*args)
+    return composite.rows_composite(*args, **keywords)
 
 
-def _reduced(loss, row_weights, reduction, options, counts):
+def _reduced(loss, row_weights, reduction):
     """none, mean or sum of the rows' losses. Sums are taken in float64 where the device has it."""
     if reduction == composite.NONE:
         return loss
     wide = torch.float64 if loss.device.type in ("cpu", "cuda", "meta") else loss.dtype
     total = loss.sum(dtype=wide)
-    if reduction == composite.SUM:
-        return total
-    denominator = options.get("normalizer")
-    if denominator is None:
-        denominator = row_weights.sum(dtype=wide)
-    mean = total / denominator.to(wide).reshape(())
-    return torch.where(counts.any(), mean, 0.0) if options.get("empty_zero") else mean
+    return total / row_weights.sum(dtype=wide) if reduction == composite.MEAN else total
 
 
 def _result_type(input, target, weight, soft):

@@ -28,6 +28,12 @@
 
 namespace wce_cuda {
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr bool from_sm_100 = true;
+#else
+constexpr bool from_sm_100 = false;
+#endif
+
 // 2^x with at most 2 ulp of error; -inf gives 0, nan gives nan. Denormal results become 0.
 WCE_DEVICE float exp2_approx(float x) {
 #ifdef __CUDA_ARCH__

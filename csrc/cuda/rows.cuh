@@ -16,6 +16,9 @@ constexpr int UNROLL = 4;
 // Blocks of 256 threads that a multiprocessor should hold: 3 keep 48 KiB of loads in flight.
 template <class T, int BODY>
 constexpr int rows_blocks = BODY == FAST && sizeof(T) < 8 ? 3 : 2;
+// nvcc 13 spills the 16-bit backward at 80 registers from sm_100 on.
+template <class T, int BODY>
+constexpr int backward_blocks = sizeof(T) == 2 && from_sm_100 ? 2 : rows_blocks<T, BODY>;
 
 struct rows_shape {  // the part of the plan that the kernels need
   int lanes;
@@ -299,7 +302,7 @@ WCE_DEVICE void rows_write(const rows_source<T> &from, const row_grad<acc<T>> &d
 }
 
 template <class T, int BODY>
-__global__ void __launch_bounds__(256, rows_blocks<T, BODY>)
+__global__ void __launch_bounds__(256, backward_blocks<T, BODY>)
 rows_backward(wce_problem p, wce_row_grads g, rows_shape shape, const acc<T> *weight_sum,
               const stats<acc<T>, BODY> *pieces, unsigned long long *bad) {
   using A = acc<T>;

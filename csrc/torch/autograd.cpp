@@ -95,11 +95,11 @@ Route route_loss(const LossArgs &a) {
 }
 
 Route route_rows(const RowsArgs &a) {
-  if (any_tangent(a.input, a.target_prob, a.weight, a.log_prior))
+  if (any_tangent(a.input, a.target_prob, a.weight, a.log_prior, a.sample_weight, a.normalizer))
     return {Path::composite, "forward-mode AD: a tensor has a tangent"};
   const Route device = device_route(a.input);
   if (device.path != Path::fused) return device;
-  if (any_needs_grad(a.target_prob, a.weight, a.log_prior))
+  if (any_needs_grad(a.target_prob, a.weight, a.log_prior, a.sample_weight, a.normalizer))
     return {Path::composite, "a gradient is wanted for another tensor than the logits"};
   return fused;
 }
@@ -289,10 +289,12 @@ Tensor backward_autograd(WCE_BACKWARD_PARAMS(SymInt)) {
 // ---- rows --------------------------------------------------------------------------------------
 
 struct RowsCall {
-  const OptTensor &target, &target2, &target_prob, &weight, &log_prior, &mask;
+  const OptTensor &target, &target2, &target_prob, &weight, &log_prior, &mask, &sample_weight,
+      &normalizer;
   double spike, floor, soft;
   const SymInt &ignore_index;
-  bool skip_empty, entropy;
+  int64_t reduction;
+  bool skip_empty, entropy, empty_zero;
 };
 
 class RowStatistics : public torch::autograd::Function<RowStatistics> {
@@ -303,10 +305,13 @@ public:
     at::AutoDispatchBelowAutograd below;
     auto [loss, stats, lse, log_prob, log_prob2, entropy, correct] = wce::rows_forward(
         input, call.target, call.target2, call.target_prob, call.weight, call.log_prior, call.mask,
-        call.spike, call.floor, call.soft, call.ignore_index, call.skip_empty, call.entropy);
+        call.spike, call.floor, call.soft, call.ignore_index, call.skip_empty, call.entropy,
+        call.sample_weight, call.normalizer, call.reduction, call.empty_zero);
     const auto value = [](const OptTensor &tensor) { return tensor ? *tensor : Tensor(); };
     ctx->save_for_backward({input, value(call.target), value(call.target2), value(call.target_prob),
-                            value(call.weight), value(call.log_prior), value(call.mask), stats});
+                            value(call.weight), value(call.log_prior), value(call.mask), stats,
+                            value(call.sample_weight)});
+    ctx->saved_data["reduction"] = call.reduction;
     ctx->saved_data["spike"] = call.spike;
     ctx->saved_data["floor"] = call.floor;
     ctx->saved_data["soft"] = call.soft;
@@ -333,7 +338,8 @@ public:
         asked(grads[4], saved[2]), saved[0], optional(saved[1]), optional(saved[2]),
         optional(saved[3]), optional(saved[4]), optional(saved[5]), optional(saved[6]), saved[7],
         data["spike"].toDouble(), data["floor"].toDouble(), data["soft"].toDouble(),
-        data["ignore_index"].toSymInt(), data["skip_empty"].toBool());
+        data["ignore_index"].toSymInt(), data["skip_empty"].toBool(), optional(saved[8]),
+        data["reduction"].toInt());
     return result;
   }
 };
@@ -341,8 +347,9 @@ public:
 namespace {
 
 RowsResult rows_autograd(WCE_ROWS_PARAMS(SymInt)) {
-  const RowsArgs args{input, target, target2, target_prob, weight,    log_prior,
-                      mask,  spike,  floor,   soft,        skip_empty};
+  const RowsArgs args{input,     target, target2,       target_prob, weight,
+                      log_prior, mask,   sample_weight, normalizer,  reduction,
+                      spike,     floor,  soft,          skip_empty};
   const Route route = route_rows(args);
   if (route.path != Path::fused) {
     leave_fused(route.why);
@@ -350,8 +357,9 @@ RowsResult rows_autograd(WCE_ROWS_PARAMS(SymInt)) {
     return rows_composite(WCE_ROWS_ARGS);
   }
   if (any_needs_grad(input)) {
-    const RowsCall call{target, target2, target_prob, weight,       log_prior,  mask,
-                        spike,  floor,   soft,        ignore_index, skip_empty, entropy};
+    const RowsCall call{target,        target2,    target_prob, weight,    log_prior, mask,
+                        sample_weight, normalizer, spike,       floor,     soft,      ignore_index,
+                        reduction,     skip_empty, entropy,     empty_zero};
     const variable_list out = RowStatistics::apply(input, call);
     return {out[0], out[1], out[2], out[3], out[4], out[5], out[6]};
   }
@@ -362,11 +370,11 @@ RowsResult rows_autograd(WCE_ROWS_PARAMS(SymInt)) {
 Tensor rows_backward_composite(WCE_ROWS_BACKWARD_PARAMS(SymInt)) {
   leave_fused("a gradient of the gradient (or a batch of gradients) is wanted");
   at::AutoGradMode enable(true);
-  (void)stats;
+  const OptTensor normalizer = reduction == WCE_MEAN ? OptTensor(stats.select(0, 0)) : OptTensor();
   const Tensor x = input.requires_grad() ? input : input.detach().requires_grad_(true);
   const auto [loss, unused, lse, log_prob, log_prob2, entropy, correct] =
       rows_composite(x, target, target2, target_prob, weight, log_prior, mask, spike, floor, soft,
-                     ignore_index, skip_empty, false);
+                     ignore_index, skip_empty, false, sample_weight, normalizer, reduction, false);
   variable_list outputs, grads;
   const auto add = [&](const Tensor &output, const OptTensor &grad) {
     if (!grad) return;
@@ -410,8 +418,9 @@ Tensor cross_entropy_functorch(WCE_LOSS_PARAMS(SymInt)) {
 }
 
 RowsResult rows_functorch(WCE_ROWS_PARAMS(SymInt)) {
-  const RowsArgs args{input, target, target2, target_prob, weight,    log_prior,
-                      mask,  spike,  floor,   soft,        skip_empty};
+  const RowsArgs args{input,     target, target2,       target_prob, weight,
+                      log_prior, mask,   sample_weight, normalizer,  reduction,
+                      spike,     floor,  soft,          skip_empty};
   leave_fused("a transform of torch.func is active");
   check_rows(args);
   return rows_composite(WCE_ROWS_ARGS);

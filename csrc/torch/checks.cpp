@@ -194,13 +194,18 @@ void check_normalizer(const at::Tensor &input, const at::Tensor &normalizer) {
   check_device(input, normalizer, "normalizer");
 }
 
-void check_extras(const LossArgs &args) {
+template <class Args> void check_extras(const Args &args) {
   if (args.log_prior) check_prior(args.input, *args.log_prior);
   if (args.sample_weight)
     check_per_row(args.input, *args.sample_weight, "sample_weight", "floating point",
                   at::isFloatingType(args.sample_weight->scalar_type()));
   if (args.mask) check_mask(args.input, *args.mask);
   if (args.normalizer) check_normalizer(args.input, *args.normalizer);
+}
+
+void check_reduction(int64_t reduction) {
+  TORCH_CHECK(reduction >= 0 && reduction <= 2,
+              "Invalid reduction type encountered in cross_entropy: ", reduction);
 }
 
 void check_stats(const at::Tensor &stats, const at::Tensor &input, const SymInt &numel) {
@@ -210,6 +215,18 @@ void check_stats(const at::Tensor &stats, const at::Tensor &input, const SymInt 
               " tensor of ", numel, " values that forward returned, got ",
               c10::toString(stats.scalar_type()), " of shape ", stats.sym_sizes());
   check_device(input, stats, "stats");
+}
+
+void check_loss_grad(const at::Tensor &input, const at::Tensor &grad, int64_t reduction,
+                     const char *name) {
+  if (reduction == WCE_NONE) {
+    check_per_row(input, grad, name, "floating point", is_logits_type(grad.scalar_type()));
+  } else {
+    TORCH_CHECK(grad.sym_numel() == 1 && is_logits_type(grad.scalar_type()), name,
+                ": expected a floating point tensor with one value, got ",
+                c10::toString(grad.scalar_type()), " of shape ", grad.sym_sizes());
+    check_device(input, grad, name);
+  }
 }
 
 void check_row_grad(const at::Tensor &input, const OptTensor &grad, const char *name) {
@@ -233,8 +250,7 @@ bool is_soft(const at::Tensor &input, const at::Tensor &target) {
 }
 
 void check_loss(const LossArgs &args, const SymInt &ignore_index) {
-  TORCH_CHECK(args.reduction >= 0 && args.reduction <= 2,
-              "Invalid reduction type encountered in cross_entropy: ", args.reduction);
+  check_reduction(args.reduction);
   if (is_soft(args.input, args.target))
     check_soft(args, ignore_index);
   else
@@ -248,20 +264,14 @@ void check_backward(const LossArgs &args, const SymInt &ignore_index, const at::
                     const at::Tensor &stats) {
   check_loss(args, ignore_index);
   const at::Tensor &input = args.input;
-  if (args.reduction == WCE_NONE) {
-    check_per_row(input, grad, "grad", "floating point", is_logits_type(grad.scalar_type()));
-  } else {
-    TORCH_CHECK(grad.sym_numel() == 1 && is_logits_type(grad.scalar_type()),
-                "grad: expected a floating point tensor with one value, got ",
-                c10::toString(grad.scalar_type()), " of shape ", grad.sym_sizes());
-  }
-  check_device(input, grad, "grad");
+  check_loss_grad(input, grad, args.reduction, "grad");
   const bool saved = saves_stats(classes_of(input));
   check_stats(stats, input, saved ? count_rows(input) * 2 + 1 : SymInt(1));
 }
 
 void check_rows(const RowsArgs &args) {
   const at::Tensor &input = args.input;
+  check_reduction(args.reduction);
   if (args.target_prob) {
     TORCH_CHECK(same(args.target_prob->sym_sizes(), input.sym_sizes()),
                 "target_prob: expected a tensor of shape ", input.sym_sizes(), ", got shape ",
@@ -277,16 +287,15 @@ void check_rows(const RowsArgs &args) {
   if (args.target2) check_device(input, *args.target2, "target2");
   if (args.target_prob) check_device(input, *args.target_prob, "target_prob");
   if (args.weight) check_device(input, *args.weight, "weight");
-  if (args.log_prior) check_prior(input, *args.log_prior);
-  if (args.mask) check_mask(input, *args.mask);
+  check_extras(args);
 }
 
 void check_rows_backward(const RowsArgs &args, const at::Tensor &stats, const OptTensor &grad_loss,
                          const OptTensor &grad_lse, const OptTensor &grad_log_prob,
                          const OptTensor &grad_log_prob2) {
   check_rows(args);
-  check_stats(stats, args.input, count_rows(args.input) * 2);
-  check_row_grad(args.input, grad_loss, "grad_loss");
+  check_stats(stats, args.input, count_rows(args.input) * 2 + 1);
+  if (grad_loss) check_loss_grad(args.input, *grad_loss, args.reduction, "grad_loss");
   check_row_grad(args.input, grad_lse, "grad_lse");
   check_row_grad(args.input, grad_log_prob, "grad_log_prob");
   check_row_grad(args.input, grad_log_prob2, "grad_log_prob2");

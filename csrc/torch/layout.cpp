@@ -209,6 +209,7 @@ Problem::Problem(const RowsArgs &args, int64_t ignore_index) {
   if (args.target2) c.target2 = index_target(*args.target2, target2_);
   c.weight = as_acc(args.weight, weight_);
   c.prior = as_acc(args.log_prior, prior_);
+  c.sample_weight = as_acc(args.sample_weight, sample_weight_);
   c.mask = bool_rows(args.mask);
   c.spike = args.spike;
   c.floor = args.floor;

@@ -47,10 +47,12 @@ using OptTensor = std::optional<at::Tensor>;
   const at::Tensor &input, const wce::OptTensor &target, const wce::OptTensor &target2,            \
       const wce::OptTensor &target_prob, const wce::OptTensor &weight,                             \
       const wce::OptTensor &log_prior, const wce::OptTensor &mask, double spike, double floor,     \
-      double soft, Int ignore_index, bool skip_empty, bool entropy
+      double soft, Int ignore_index, bool skip_empty, bool entropy,                                \
+      const wce::OptTensor &sample_weight, const wce::OptTensor &normalizer, int64_t reduction,    \
+      bool empty_zero
 #define WCE_ROWS_ARGS                                                                              \
   input, target, target2, target_prob, weight, log_prior, mask, spike, floor, soft, ignore_index,  \
-      skip_empty, entropy
+      skip_empty, entropy, sample_weight, normalizer, reduction, empty_zero
 
 #define WCE_ROWS_BACKWARD_PARAMS(Int)                                                              \
   const wce::OptTensor &grad_loss, const wce::OptTensor &grad_lse,                                 \
@@ -58,10 +60,12 @@ using OptTensor = std::optional<at::Tensor>;
       const at::Tensor &input, const wce::OptTensor &target, const wce::OptTensor &target2,        \
       const wce::OptTensor &target_prob, const wce::OptTensor &weight,                             \
       const wce::OptTensor &log_prior, const wce::OptTensor &mask, const at::Tensor &stats,        \
-      double spike, double floor, double soft, Int ignore_index, bool skip_empty
+      double spike, double floor, double soft, Int ignore_index, bool skip_empty,                  \
+      const wce::OptTensor &sample_weight, int64_t reduction
 #define WCE_ROWS_BACKWARD_ARGS                                                                     \
   grad_loss, grad_lse, grad_log_prob, grad_log_prob2, input, target, target2, target_prob, weight, \
-      log_prior, mask, stats, spike, floor, soft, ignore_index, skip_empty
+      log_prior, mask, stats, spike, floor, soft, ignore_index, skip_empty, sample_weight,         \
+      reduction
 
 using LossAndStats = std::tuple<at::Tensor, at::Tensor>;
 // loss, stats, lse, log_prob, log_prob2, entropy, correct
@@ -101,6 +105,8 @@ struct LossArgs {
 struct RowsArgs {
   const at::Tensor &input;
   const OptTensor &target, &target2, &target_prob, &weight, &log_prior, &mask;
+  const OptTensor &sample_weight, &normalizer;
+  int64_t reduction;
   double spike, floor, soft;
   bool skip_empty = false;
 };

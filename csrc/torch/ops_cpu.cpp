@@ -96,6 +96,16 @@ void set_stats_pointers(const at::Tensor &stats, const Problem &problem, void **
   *log_sum = data + size * (1 + problem.rows);
 }
 
+// The denominator, and the loss unless it is per row: in double, rounded once.
+void set_loss(const at::Tensor &loss, const at::Tensor &stats, const wce_sums &sums,
+              const OptTensor &normalizer, int64_t reduction, bool empty_zero) {
+  const double denominator = normalizer ? normalizer->item().toDouble() : sums.weight;
+  set_value(stats, denominator);
+  if (reduction == WCE_SUM) set_value(loss, sums.loss);
+  if (reduction == WCE_MEAN)
+    set_value(loss, empty_zero && sums.count == 0 ? 0.0 : sums.loss / denominator);
+}
+
 LossAndStats forward_cpu(WCE_LOSS_PARAMS(int64_t)) {
   const LossArgs args{input,     target,        weight, reduction,  label_smoothing,
                       log_prior, sample_weight, mask,   normalizer, skip_empty};
@@ -115,11 +125,7 @@ LossAndStats forward_cpu(WCE_LOSS_PARAMS(int64_t)) {
 
   const wce_sums sums = run_forward(problem, out);
   if (sums.bad_row >= 0) raise_bad_row(problem.c, target.sizes(), sums.bad_row);
-  const double denominator = normalizer ? normalizer->item().toDouble() : sums.weight;
-  set_value(stats, denominator);
-  if (reduction == WCE_SUM) set_value(loss, sums.loss);
-  if (reduction == WCE_MEAN)
-    set_value(loss, empty_zero && sums.count == 0 ? 0.0 : sums.loss / denominator);
+  set_loss(loss, stats, sums, normalizer, reduction, empty_zero);
   return {std::move(loss), std::move(stats)};
 }
 
@@ -150,8 +156,9 @@ at::Tensor backward_cpu(WCE_BACKWARD_PARAMS(int64_t)) {
 // ---- rows --------------------------------------------------------------------------------------
 
 RowsResult rows_forward_cpu(WCE_ROWS_PARAMS(int64_t)) {
-  const RowsArgs args{input, target, target2, target_prob, weight,    log_prior,
-                      mask,  spike,  floor,   soft,        skip_empty};
+  const RowsArgs args{input,     target, target2,       target_prob, weight,
+                      log_prior, mask,   sample_weight, normalizer,  reduction,
+                      spike,     floor,  soft,          skip_empty};
   check_rows(args);
   const Problem problem(args, ignore_index);
   TORCH_CHECK(problem.c.classes > 0, "input: expected at least one class, got shape ",
@@ -161,20 +168,18 @@ RowsResult rows_forward_cpu(WCE_ROWS_PARAMS(int64_t)) {
   const auto wanted = [&](bool asked, at::ScalarType type) {
     return asked ? empty(shape, type) : empty({0}, type);
   };
-  at::Tensor loss = empty(shape, acc), stats = empty({2, problem.rows}, acc);
-  at::Tensor lse = empty(shape, acc), entropies = wanted(entropy, acc);
-  at::Tensor log_prob = wanted(target.has_value(), acc),
-             log_prob2 = wanted(target2.has_value(), acc);
-  at::Tensor correct = wanted(target.has_value(), at::kBool);
+  at::Tensor loss = reduction == WCE_NONE ? empty(shape, acc) : empty({}, acc);
+  at::Tensor stats = empty({1 + 2 * problem.rows}, acc), lse = empty(shape, acc);
+  at::Tensor log_prob = wanted(target.has_value(), acc);
+  at::Tensor log_prob2 = wanted(target2.has_value(), acc);
+  at::Tensor entropies = wanted(entropy, acc), correct = wanted(target.has_value(), at::kBool);
 
   const auto pointer = [](const at::Tensor &tensor, bool asked) {
     return asked ? tensor.mutable_data_ptr() : nullptr;
   };
   wce_row_outputs out{};
-  out.max = stats.mutable_data_ptr();
-  out.log_sum =
-      static_cast<char *>(out.max) + problem.rows * static_cast<int64_t>(stats.itemsize());
-  out.loss = loss.mutable_data_ptr();
+  set_stats_pointers(stats, problem, &out.max, &out.log_sum);
+  out.loss = pointer(loss, reduction == WCE_NONE);
   out.loss_dtype = dtype_of(acc);
   out.lse = lse.mutable_data_ptr();
   out.log_prob = pointer(log_prob, target.has_value());
@@ -183,12 +188,15 @@ RowsResult rows_forward_cpu(WCE_ROWS_PARAMS(int64_t)) {
   out.correct = static_cast<uint8_t *>(pointer(correct, target.has_value()));
   const wce_sums sums = run_forward(problem, out);
   if (sums.bad_row >= 0) raise_bad_row(problem.c, shape, sums.bad_row);
+  set_loss(loss, stats, sums, normalizer, reduction, empty_zero);
   return {loss, stats, lse, log_prob, log_prob2, entropies, correct};
 }
 
 at::Tensor rows_backward_cpu(WCE_ROWS_BACKWARD_PARAMS(int64_t)) {
-  const RowsArgs args{input, target, target2, target_prob, weight,    log_prior,
-                      mask,  spike,  floor,   soft,        skip_empty};
+  const OptTensor normalizer;
+  const RowsArgs args{input,     target, target2,       target_prob, weight,
+                      log_prior, mask,   sample_weight, normalizer,  reduction,
+                      spike,     floor,  soft,          skip_empty};
   check_rows_backward(args, stats, grad_loss, grad_lse, grad_log_prob, grad_log_prob2);
   const Problem problem(args, ignore_index);
   Gradient dx(input, problem);
@@ -196,9 +204,11 @@ at::Tensor rows_backward_cpu(WCE_ROWS_BACKWARD_PARAMS(int64_t)) {
 
   wce_row_grads grads{};
   grads.dx = dx.view();
-  grads.max = stats.const_data_ptr();
-  grads.log_sum =
-      static_cast<const char *>(grads.max) + problem.rows * static_cast<int64_t>(stats.itemsize());
+  void *max, *log_sum;
+  set_stats_pointers(stats, problem, &max, &log_sum);
+  grads.max = max;
+  grads.log_sum = log_sum;
+  if (reduction == WCE_MEAN) grads.denominator = stats.const_data_ptr();
   c10::MaybeOwned<at::Tensor> loss_owner, lse_owner, log_prob_owner, log_prob2_owner;
   if (grad_loss) set_grad(grads, *grad_loss, loss_owner);
   const auto as_acc = [&](const OptTensor &grad, c10::MaybeOwned<at::Tensor> &owner) {

@@ -129,6 +129,23 @@ Tensor normalizer_on(const Tensor &input, const Tensor &normalizer, at::ScalarTy
   return *rows_as(normalizer, acc);
 }
 
+// Where the denominator and, unless it is per row, the loss go. `given` owns a normalizer.
+wce_cuda_total total_of(const Problem &problem, const Tensor &input, const OptTensor &normalizer,
+                        int64_t reduction, bool empty_zero, const Tensor &loss,
+                        const Tensor &stats, Tensor &given) {
+  wce_cuda_total total{};
+  total.reduction = static_cast<wce_reduction>(reduction);
+  total.empty_zero = empty_zero;
+  if (normalizer) {
+    given = normalizer_on(input, *normalizer, problem.acc);
+    total.normalizer = given.const_data_ptr();
+  }
+  total.loss = loss.mutable_data_ptr();
+  total.loss_dtype = dtype_of(loss.scalar_type());
+  total.denominator = stats.mutable_data_ptr();
+  return total;
+}
+
 LossAndStats forward_cuda(WCE_LOSS_PARAMS(int64_t)) {
   const LossArgs args{input,     target,        weight, reduction,  label_smoothing,
                       log_prior, sample_weight, mask,   normalizer, skip_empty};
@@ -151,17 +168,9 @@ LossAndStats forward_cuda(WCE_LOSS_PARAMS(int64_t)) {
   if (saves) set_stats_pointers(stats, 1, problem.rows, &out.max, &out.log_sum);
   if (reduction == WCE_NONE) out.loss = loss.mutable_data_ptr();
 
-  wce_cuda_total total{};
-  total.reduction = static_cast<wce_reduction>(reduction);
-  total.empty_zero = empty_zero;
   Tensor given;
-  if (normalizer) {
-    given = normalizer_on(input, *normalizer, problem.acc);
-    total.normalizer = given.const_data_ptr();
-  }
-  total.loss = loss.mutable_data_ptr();
-  total.loss_dtype = dtype_of(type);
-  total.denominator = stats.mutable_data_ptr();
+  const wce_cuda_total total =
+      total_of(problem, input, normalizer, reduction, empty_zero, loss, stats, given);
   run_forward(problem, input, out, total, target.sizes());
   return {loss, stats};
 }
@@ -190,8 +199,8 @@ Tensor backward_cuda(WCE_BACKWARD_PARAMS(int64_t)) {
 // ---- rows --------------------------------------------------------------------------------------
 
 RowsResult rows_forward_cuda(WCE_ROWS_PARAMS(int64_t)) {
-  const RowsArgs args{input, target, target2, target_prob, weight, log_prior,
-                      mask,  spike,  floor,   soft,        skip_empty};
+  const RowsArgs args{input, target, target2, target_prob, weight, log_prior, mask,
+                      sample_weight, normalizer, reduction, spike, floor, soft, skip_empty};
   check_rows(args);
   const c10::DeviceGuard guard(input.device());
   const Problem problem(args, ignore_index);
@@ -203,8 +212,11 @@ RowsResult rows_forward_cuda(WCE_ROWS_PARAMS(int64_t)) {
   const auto wanted = [&](bool asked, at::ScalarType type) {
     return asked ? at::empty(shape, options.dtype(type)) : at::empty({0}, options.dtype(type));
   };
-  const Tensor loss = wanted(true, acc), lse = wanted(true, acc), entropies = wanted(entropy, acc);
-  const Tensor stats = at::empty({2, problem.rows}, options.dtype(acc));
+  const at::IntArrayRef scalar;
+  const Tensor loss =
+      at::empty(reduction == WCE_NONE ? at::IntArrayRef(shape) : scalar, options.dtype(acc));
+  const Tensor lse = wanted(true, acc), entropies = wanted(entropy, acc);
+  const Tensor stats = at::empty({1 + 2 * problem.rows}, options.dtype(acc));
   const Tensor log_prob = wanted(target.has_value(), acc);
   const Tensor log_prob2 = wanted(target2.has_value(), acc);
   const Tensor correct = wanted(target.has_value(), at::kBool);
@@ -213,21 +225,25 @@ RowsResult rows_forward_cuda(WCE_ROWS_PARAMS(int64_t)) {
     return asked ? tensor.mutable_data_ptr() : nullptr;
   };
   wce_row_outputs out{};
-  set_stats_pointers(stats, 0, problem.rows, &out.max, &out.log_sum);
-  out.loss = loss.mutable_data_ptr();
+  set_stats_pointers(stats, 1, problem.rows, &out.max, &out.log_sum);
+  out.loss = pointer(loss, reduction == WCE_NONE);
   out.loss_dtype = dtype_of(acc);
   out.lse = lse.mutable_data_ptr();
   out.log_prob = pointer(log_prob, target.has_value());
   out.log_prob2 = pointer(log_prob2, target2.has_value());
   out.entropy = pointer(entropies, entropy);
   out.correct = static_cast<uint8_t *>(pointer(correct, target.has_value()));
-  run_forward(problem, input, out, {}, shape);
+  Tensor given;
+  const wce_cuda_total total =
+      total_of(problem, input, normalizer, reduction, empty_zero, loss, stats, given);
+  run_forward(problem, input, out, total, shape);
   return {loss, stats, lse, log_prob, log_prob2, entropies, correct};
 }
 
 Tensor rows_backward_cuda(WCE_ROWS_BACKWARD_PARAMS(int64_t)) {
-  const RowsArgs args{input, target, target2, target_prob, weight, log_prior,
-                      mask,  spike,  floor,   soft,        skip_empty};
+  const OptTensor normalizer;
+  const RowsArgs args{input, target, target2, target_prob, weight, log_prior, mask,
+                      sample_weight, normalizer, reduction, spike, floor, soft, skip_empty};
   check_rows_backward(args, stats, grad_loss, grad_lse, grad_log_prob, grad_log_prob2);
   const c10::DeviceGuard guard(input.device());
   const Problem problem(args, ignore_index);
@@ -236,7 +252,8 @@ Tensor rows_backward_cuda(WCE_ROWS_BACKWARD_PARAMS(int64_t)) {
 
   wce_row_grads grads{};
   grads.dx = dx.view();
-  set_stats_pointers(stats, 0, problem.rows, &grads.max, &grads.log_sum);
+  set_stats_pointers(stats, 1, problem.rows, &grads.max, &grads.log_sum);
+  if (reduction == WCE_MEAN) grads.denominator = stats.const_data_ptr();
   c10::MaybeOwned<Tensor> loss_owner, lse_owner, log_prob_owner, log_prob2_owner;
   if (grad_loss) set_grad(grads, *grad_loss, loss_owner);
   const auto as_acc = [&](const OptTensor &one, c10::MaybeOwned<Tensor> &owner) {

@@ -55,18 +55,20 @@ at::Tensor backward_meta(WCE_BACKWARD_PARAMS(SymInt)) {
 }
 
 RowsResult rows_forward_meta(WCE_ROWS_PARAMS(SymInt)) {
-  const RowsArgs args{input, target, target2, target_prob, weight,    log_prior,
-                      mask,  spike,  floor,   soft,        skip_empty};
+  const RowsArgs args{input,     target, target2,       target_prob, weight,
+                      log_prior, mask,   sample_weight, normalizer,  reduction,
+                      spike,     floor,  soft,          skip_empty};
   check_rows(args);
-  (void)ignore_index;
+  (void)ignore_index, (void)empty_zero;
   const Rows rows = rows_of(input);
   const at::ScalarType acc = acc_type(input.scalar_type());
   const auto per_row = [&](bool asked, at::ScalarType type) {
     if (asked) return empty(rows.shape, input, type);
     return empty({SymInt(0)}, input, type);
   };
-  return {per_row(true, acc),
-          empty({SymInt(2), rows.count}, input, acc),
+  const c10::SymIntArrayRef scalar;
+  return {empty(reduction == WCE_NONE ? c10::SymIntArrayRef(rows.shape) : scalar, input, acc),
+          empty({rows.count * 2 + 1}, input, acc),
           per_row(true, acc),
           per_row(target.has_value(), acc),
           per_row(target2.has_value(), acc),
@@ -75,8 +77,10 @@ RowsResult rows_forward_meta(WCE_ROWS_PARAMS(SymInt)) {
 }
 
 at::Tensor rows_backward_meta(WCE_ROWS_BACKWARD_PARAMS(SymInt)) {
-  const RowsArgs args{input, target, target2, target_prob, weight,    log_prior,
-                      mask,  spike,  floor,   soft,        skip_empty};
+  const OptTensor normalizer;
+  const RowsArgs args{input,     target, target2,       target_prob, weight,
+                      log_prior, mask,   sample_weight, normalizer,  reduction,
+                      spike,     floor,  soft,          skip_empty};
   check_rows_backward(args, stats, grad_loss, grad_lse, grad_log_prob, grad_log_prob2);
   (void)ignore_index;
   return at::empty_like(input);

@@ -12,7 +12,9 @@
 #define WCE_SCHEMA_ROWS                                                                            \
   "(Tensor input, Tensor? target, Tensor? target2, Tensor? target_prob, Tensor? weight, "          \
   "Tensor? log_prior, Tensor? mask, float spike, float floor, float soft, SymInt ignore_index, "   \
-  "bool skip_empty, bool entropy) -> (Tensor loss, Tensor stats, Tensor lse, Tensor log_prob, "    \
+  "bool skip_empty, bool entropy, *, Tensor? sample_weight=None, Tensor? normalizer=None, "        \
+  "int reduction=0, bool empty_zero=False) -> (Tensor loss, Tensor stats, Tensor lse, Tensor "     \
+  "log_prob, "                                                                                     \
   "Tensor log_prob2, Tensor entropy, Tensor correct)"
 
 TORCH_LIBRARY(wce, m) {
@@ -34,15 +36,17 @@ TORCH_LIBRARY(wce, m) {
         "Tensor? sample_weight=None, Tensor? mask=None, bool skip_empty=False) -> Tensor",
         tags);
 
-  // What one pass knows of each row: loss = A*L - sum a(x-m), lse = m + L, log_prob of the target
-  // and of target2, entropy, correct. Results that were not asked for have shape (0).
-  // stats: m and L as (2, rows).
+  // What one pass knows of each row: the loss s * (A*L - sum a(x-m)), per row or reduced as above,
+  // lse = m + L, log_prob of the target and of target2, entropy, correct. Results that were not
+  // asked for have shape (0). All but correct have the type of stats = [denominator, m[rows],
+  // L[rows]].
   m.def("rows_forward" WCE_SCHEMA_ROWS, tags);
   m.def("rows_composite" WCE_SCHEMA_ROWS, tags);
   m.def("rows_backward(Tensor? grad_loss, Tensor? grad_lse, Tensor? grad_log_prob, "
         "Tensor? grad_log_prob2, Tensor input, Tensor? target, Tensor? target2, "
         "Tensor? target_prob, Tensor? weight, Tensor? log_prior, Tensor? mask, Tensor stats, "
-        "float spike, float floor, float soft, SymInt ignore_index, bool skip_empty) -> Tensor",
+        "float spike, float floor, float soft, SymInt ignore_index, bool skip_empty, *, "
+        "Tensor? sample_weight=None, int reduction=0) -> Tensor",
         tags);
 }
 
