@@ -115,7 +115,9 @@ def reference(x, target, weight=None, *, ignore_index=-100, reduction="mean", la
 
     # Reduction. The denominator never depends on the class weights of soft targets.
     own_denominator = torch.where(counts, s * row_weight, 0.0).sum()
-    denominator = own_denominator if normalizer is None else torch.as_tensor(normalizer, dtype=torch.float64)
+    denominator = own_denominator
+    if normalizer is not None:
+        denominator = torch.as_tensor(normalizer, dtype=torch.float64)
     if reduction == "none":
         loss, per_row = loss_rows.reshape(positions), 1.0
     elif reduction == "sum":
@@ -500,7 +502,7 @@ class Batch:
         """Wanted values by type of the loss: a soft target can raise it."""
         if self.sums is None:
             self.sums = {}
-            for name, x, target, options, parts, steps in self.problems:
+            for _, x, target, options, parts, steps in self.problems:
                 kind = x.dtype
                 if target.shape == x.shape:
                     kind = torch.promote_types(kind, target.dtype)
@@ -518,7 +520,7 @@ class Batch:
         groups = self._groups()
         got = {kind: ([], []) for kind in groups}
         results = []
-        for name, x, target, options, parts, steps in self.problems:
+        for name, x, target, options, _, _ in self.problems:
             loss, dx, _, _ = run(loss_fn, x, target, options, soft_grads=False)
             assert loss.dtype in got, f"{name}: result of type {loss.dtype}"
             got[loss.dtype][0].append(loss.reshape(-1))
@@ -529,7 +531,7 @@ class Batch:
                 assert_near(torch.cat(got[kind][0]), loss, loss_scale, loss_steps)
                 assert_near(torch.cat(got[kind][1]), dx, dx_scale, dx_steps)
         except AssertionError:
-            for (name, x, _, _, parts, steps), (loss, dx) in zip(self.problems, results):
+            for (name, _, _, _, parts, steps), (loss, dx) in zip(self.problems, results):
                 assert_near(loss.reshape(-1), parts[0], parts[1], steps, f"{name} loss:")
                 assert_near(dx.reshape(-1), parts[2], parts[3], steps, f"{name} gradient:")
             raise

@@ -77,8 +77,8 @@ ERRORS = {
                 lambda f: f(logits(5), classes(3))),
     "multi_target": (RuntimeError, "0D or 1D target tensor expected, multi-target not supported",
                      lambda f: f(X25, classes(4, 2))),
-    "multi_target_one": (RuntimeError, "0D or 1D target tensor expected, multi-target not supported",
-                         lambda f: f(X25, classes(4, 1))),
+    "multi_target_one": (RuntimeError, "0D or 1D target tensor expected, multi-target not "
+                         "supported", lambda f: f(X25, classes(4, 1))),
     "multi_target_1d": (RuntimeError, "0D or 1D target tensor expected, multi-target not supported",
                         lambda f: f(logits(5), classes(1, 1))),
     "size_3d": (RuntimeError, r"Expected target size \[2, 5\], got \[2, 4\]",
@@ -97,7 +97,8 @@ ERRORS = {
                       lambda f: f(logits(), torch.rand(2))),
     # weight
     "weight_size": (RuntimeError, WEIGHT, lambda f: f(X25, classes(4), torch.rand(4))),
-    "weight_size_1d": (RuntimeError, WEIGHT, lambda f: f(logits(5), torch.tensor(1), torch.rand(4))),
+    "weight_size_1d": (RuntimeError, WEIGHT,
+                       lambda f: f(logits(5), torch.tensor(1), torch.rand(4))),
     "weight_rank": (RuntimeError, r"but got weight tensor of shape: \[1, 5\]",
                     lambda f: f(X25, classes(4), torch.rand(1, 5))),
     "weight_scalar": (RuntimeError, "weight tensor should be defined either for all 5 classes",

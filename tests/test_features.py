@@ -1,4 +1,5 @@
-"""What torch's loss does not have: priors, sample weights, masks, normalizers, row outputs, MixUp."""
+"""What torch's loss does not have: priors, sample weights, masks, normalizers, row outputs,
+MixUp."""
 
 import itertools
 import math
@@ -274,7 +275,8 @@ def test_masked_row_is_exactly_zero(target):
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_empty_soft_targets(shape, smoothing):
     """Off: a row of zeros counts in the mean, as in torch. On: neither in the sum nor the mean."""
-    x, q, options = Case(shape, soft=True, skip_empty=True, smoothing=smoothing).build(torch.float32)
+    case = Case(shape, soft=True, skip_empty=True, smoothing=smoothing)
+    x, q, options = case.build(torch.float32)
     off = {**options, "skip_empty_targets": False}
     torch.testing.assert_close(ce(x, q, **off), F.cross_entropy(x, q, label_smoothing=smoothing))
     for reduction in REDUCTIONS:
@@ -605,7 +607,8 @@ def test_mixup_reads_the_logits_once():
 
 @pytest.mark.parametrize("lam, words", [(1.5, "1.5"), (-0.1, "-0.1"), (math.nan, "nan"),
                                         (torch.tensor([0.5, 2.0, 0.1, 0.2]), "2"),
-                                        (torch.ones(3), "3"), (torch.ones(4, dtype=torch.long), "int"),
+                                        (torch.ones(3), "3"),
+                                        (torch.ones(4, dtype=torch.long), "int"),
                                         ("0.5", "str")],
                          ids=["above", "below", "nan", "tensor", "shape", "integers", "text"])
 def test_mixup_bad_lam(lam, words):

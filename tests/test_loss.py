@@ -156,7 +156,8 @@ def test_signatures():
     assert extra == ["class_prior", "tau", "empty"]
 
 
-X, Y = torch.randn(6, 5, generator=torch.Generator().manual_seed(1)), torch.tensor([0, 1, 4, 2, 2, 3])
+X = torch.randn(6, 5, generator=torch.Generator().manual_seed(1))
+Y = torch.tensor([0, 1, 4, 2, 2, 3])
 
 
 @pytest.mark.parametrize("size_average", [None, True, False])
@@ -225,7 +226,8 @@ def test_ignore_index_is_any_int64(ignore_index):
 @pytest.mark.parametrize("ignore_index", [-1, -100, -2**63])
 def test_negative_ignore_index_has_no_effect_on_soft_targets(ignore_index):
     x, target, options = Case((6, 5), soft=True, weight="positive").build(torch.float32)
-    assert torch.equal(ce(x, target, ignore_index=ignore_index, **options), ce(x, target, **options))
+    got = ce(x, target, ignore_index=ignore_index, **options)
+    assert torch.equal(got, ce(x, target, **options))
 
 
 def test_torch_function_protocol():
@@ -260,7 +262,8 @@ def test_no_rows(soft, shape, weight, smoothing, device):
     positions = shape[:1] + shape[2:]
     target = torch.rand(shape) if soft else torch.zeros(positions, dtype=torch.long)
     target = target.to(device)
-    options = {"label_smoothing": smoothing, "weight": None if weight is None else weight.to(device)}
+    weight = weight if weight is None else weight.to(device)
+    options = {"label_smoothing": smoothing, "weight": weight}
     none = ce(x, target, reduction="none", **options)
     assert none.shape == positions
     assert ce(x, target, reduction="sum", **options) == 0
@@ -298,7 +301,8 @@ def test_no_classes(shape):
 def test_all_ignored(shape, weight, smoothing, device):
     x = torch.randn(shape, device=device, requires_grad=True)
     y = torch.full(shape[:1] + shape[2:], -100, device=device)
-    options = {"label_smoothing": smoothing, "weight": None if weight is None else weight.to(device)}
+    weight = weight if weight is None else weight.to(device)
+    options = {"label_smoothing": smoothing, "weight": weight}
     assert (ce(x, y, reduction="none", **options) == 0).all()
     assert ce(x, y, reduction="sum", **options) == 0
     assert ce(x, y, reduction="mean", **options).isnan()
@@ -534,7 +538,8 @@ def test_many_float16_rows():
 
 def test_long_bfloat16_rows():
     gen = torch.Generator().manual_seed(0)
-    x, y = torch.randn(4096, 1000, generator=gen).bfloat16(), torch.randint(1000, (4096,), generator=gen)
+    x = torch.randn(4096, 1000, generator=gen).bfloat16()
+    y = torch.randint(1000, (4096,), generator=gen)
     w = torch.rand(1000, generator=gen) + 0.5
     for options in ({"reduction": "sum"}, {"weight": w}, {"weight": w, "label_smoothing": 0.1}):
         want = reference(x, y, **options)
@@ -757,7 +762,8 @@ def test_one_hot_equals_index(shape, weight):
     onehot = F.one_hot(y, 5).movedim(-1, 1).double()
     for reduction in REDUCTIONS:
         same = not (reduction == "mean" and weight is not None)
-        got, want = ce(x, onehot, weight, reduction=reduction), ce(x, y, weight, reduction=reduction)
+        got = ce(x, onehot, weight, reduction=reduction)
+        want = ce(x, y, weight, reduction=reduction)
         assert torch.allclose(got, want, rtol=1e-12, atol=1e-13) == same
 
 

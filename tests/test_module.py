@@ -74,7 +74,8 @@ def test_state_dict_with_and_without_weight():
             cls(W).load_state_dict(cls().state_dict())
         with pytest.raises(RuntimeError, match="Unexpected key"):
             cls().load_state_dict(cls(W).state_dict())
-        assert cls().load_state_dict(cls(W).state_dict(), strict=False).unexpected_keys == ["weight"]
+        keys = cls().load_state_dict(cls(W).state_dict(), strict=False)
+        assert keys.unexpected_keys == ["weight"]
 
 
 def test_assign_and_meta():
@@ -169,7 +170,8 @@ def segmentation_losses(base):
         def forward(self, inp, target):
             target = target[:, 0].long()
             res = super().forward(inp, target)
-            return torch.topk(res.view((-1,)), int(res.numel() * self.k / 100), sorted=False)[0].mean()
+            count = int(res.numel() * self.k / 100)
+            return torch.topk(res.view((-1,)), count, sorted=False)[0].mean()
 
     return WithChannel, TopK
 

@@ -277,7 +277,8 @@ def recorded(patch):
     return [str(n.target) for n in recorder.fw_graphs[0].graph.nodes]
 
 
-@pytest.mark.parametrize("order", [(False, True), (True, False)], ids=["native first", "ours first"])
+@pytest.mark.parametrize("order", [(False, True), (True, False)],
+                         ids=["native first", "ours first"])
 def test_compiled_while_patched(order):
     """The graph holds our operator exactly when it was compiled while patched, whatever a cache
     knows from before."""

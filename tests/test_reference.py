@@ -53,7 +53,6 @@ def test_equals_native(case):
 def composed(x, target, options):
     """The options that torch does not have, built from torch's own loss per row."""
     options = dict(options)
-    classes = x.shape[1] if x.dim() > 1 else x.shape[0]
     prior, tau = options.pop("class_prior", None), options.pop("tau", 1.0)
     if prior is not None:
         shift = log_prior_of(prior, tau)
