@@ -8,7 +8,6 @@ enum {
   NARROW_CLASSES = 32,       /* rows this short: a lane is a row                                    */
   TASK_ELEMENTS = 1 << 16,   /* enough to pay for handing a task to a thread                        */
   STREAM_BYTES = 1 << 25,    /* gradients above 32 MiB do not stay in a cache until they are read   */
-  STREAM_CLASSES = 4096,     /* in rows this long almost all stores are whole lines                 */
   SPLIT_CLASSES = 1 << 15,   /* rows this long are cut when there are few of them                   */
   SPLIT_ROWS = 64,
   SPLIT_COLUMNS = 1 << 14
@@ -45,11 +44,8 @@ static wce_regime choose(const wce_problem *p, int64_t rows) {
 static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static int64_t at_least(int64_t a, int64_t b) { return a > b ? a : b; }
 
-/* Streaming stores, one thread of an EPYC (Zen 5): (2048, 32000) f32 0.242 -> 0.210 ns an element,
- * (32768, 1000) f32 no change, (2048, 32000) bf16 0.209 -> 0.224: half lines.                     */
 static int streams(const wce_problem *p, int64_t rows) {
-  int64_t size = wce_dtype_size(p->dtype);
-  return size >= 4 && p->classes >= STREAM_CLASSES && rows * p->classes * size > STREAM_BYTES;
+  return rows * p->classes * wce_dtype_size(p->dtype) > STREAM_BYTES;
 }
 
 wce_plan wce_cpu_plan(const wce_problem *p) {
@@ -124,6 +120,6 @@ int64_t wce_cpu_backward(const wce_plan *plan, const wce_problem *p, const wce_r
                          int64_t task) {
   const wce_kernels *kernels = wce_cpu_kernels(p->dtype);
   range r = task_range(plan, p, task);
-  if (plan->regime == WCE_TILE) return kernels->tile_backward(p, grads, r.row0, r.row1);
+  if (plan->regime == WCE_TILE) return kernels->tile_backward(p, grads, r.row0, r.row1, plan->stream);
   return kernels->rows_backward(p, grads, r.row0, r.row1, r.c0, r.c1, plan->stream);
 }

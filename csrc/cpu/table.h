@@ -11,7 +11,8 @@
 typedef struct {
   void (*tile_forward)(const wce_problem *, const wce_row_outputs *, int64_t row0, int64_t row1,
                        wce_sums *);
-  int64_t (*tile_backward)(const wce_problem *, const wce_row_grads *, int64_t row0, int64_t row1);
+  int64_t (*tile_backward)(const wce_problem *, const wce_row_grads *, int64_t row0, int64_t row1,
+                           int stream);
   void (*rows_forward)(const wce_problem *, const wce_row_outputs *, int64_t row0, int64_t row1,
                        wce_sums *);
   int64_t (*rows_backward)(const wce_problem *, const wce_row_grads *, int64_t row0, int64_t row1,

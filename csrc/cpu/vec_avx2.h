@@ -40,11 +40,6 @@ WCE_INLINE __m256i wce_first_lanes_f64(int n) {
                                 index_set1((index_##acc)c));                                    \
     return _mm256_blendv_##sfx(v, _mm256_add_##sfx(v, y), _mm256_castsi256_##sfx(equal));       \
   }                                                                                             \
-  /* -inf - -inf would be nan: limited first; t far below the range needs no exact fraction */  \
-  WCE_INLINE vec acc##_fraction(vec t) {                                                        \
-    vec limited = _mm256_max_##sfx(_mm256_set1_##sfx(-5000), t);                                \
-    return _mm256_sub_##sfx(limited, _mm256_floor_##sfx(limited));                              \
-  }                                                                                             \
   /* in its own type */                                                                         \
   WCE_INLINE vec acc##_load_##acc(const type *p) { return _mm256_loadu_##sfx(p); }              \
   WCE_INLINE vec acc##_load_n_##acc(const type *p, int n, vec fill) {                           \
@@ -53,33 +48,64 @@ WCE_INLINE __m256i wce_first_lanes_f64(int n) {
                                _mm256_castsi256_##sfx(lanes));                                  \
   }                                                                                             \
   WCE_INLINE void acc##_store_##acc(type *p, vec v) { _mm256_storeu_##sfx(p, v); }              \
-  WCE_INLINE void acc##_store_n_##acc(type *p, vec v, int n) {                                  \
-    _mm256_maskstore_##sfx(p, wce_first_lanes_##acc(n), v);                                     \
-  }                                                                                             \
-  WCE_INLINE void acc##_stream_##acc(type *p, vec v) { _mm256_stream_##sfx(p, v); }
+  WCE_INLINE void acc##_store_pair_##acc(type *p, vec a, vec b) {                               \
+    _mm256_storeu_##sfx(p, a);                                                                  \
+    _mm256_storeu_##sfx(p + LANES_##acc, b);                                                    \
+  }
 
 WCE_AVX2_WORDS(f32, v_f32, float, ps, _mm256_set1_epi32, _mm256_cmpeq_epi32)
 WCE_AVX2_WORDS(f64, v_f64, double, pd, _mm256_set1_epi64x, _mm256_cmpeq_epi64)
 #undef WCE_AVX2_WORDS
 
-/* 2^floor(t) is made in the exponent's bits; a result below the normal range becomes 0. A nan in p
- * survives: the comparison is "not less", which is true of nan.                                   */
-WCE_INLINE v_f32 f32_scale(v_f32 p, v_f32 t) {
-  __m256i n = _mm256_cvtps_epi32(_mm256_floor_ps(_mm256_max_ps(_mm256_set1_ps(-126), t)));
-  __m256 two_n = _mm256_castsi256_ps(
-      _mm256_slli_epi32(_mm256_add_epi32(n, _mm256_set1_epi32(127)), 23));
-  __m256 normal = _mm256_cmp_ps(t, _mm256_set1_ps(-126), _CMP_NLT_UQ);
-  return _mm256_blendv_ps(_mm256_setzero_ps(), _mm256_mul_ps(p, two_n), normal);
+/* Piece by piece: a masked store costs 18 or more micro-operations on AMD.                         */
+WCE_INLINE void f32_store_n_f32(float *p, v_f32 v, int n) {
+  if (n >= 8) {
+    _mm256_storeu_ps(p, v);
+    return;
+  }
+  __m128 part = _mm256_castps256_ps128(v);
+  if (n >= 4) {
+    _mm_storeu_ps(p, part);
+    part = _mm256_extractf128_ps(v, 1);
+    p += 4, n -= 4;
+  }
+  if (n >= 2) {
+    _mm_storel_pi((__m64 *)(void *)p, part);
+    part = _mm_movehl_ps(part, part);
+    p += 2, n -= 2;
+  }
+  if (n == 1) _mm_store_ss(p, part);
+}
+WCE_INLINE void f64_store_n_f64(double *p, v_f64 v, int n) {
+  if (n >= 4) {
+    _mm256_storeu_pd(p, v);
+    return;
+  }
+  __m128d part = _mm256_castpd256_pd128(v);
+  if (n >= 2) {
+    _mm_storeu_pd(p, part);
+    part = _mm256_extractf128_pd(v, 1);
+    p += 2, n -= 2;
+  }
+  if (n == 1) _mm_store_sd(p, part);
 }
 
-WCE_INLINE v_f64 f64_scale(v_f64 p, v_f64 t) {
-  __m256d limited = _mm256_floor_pd(_mm256_max_pd(_mm256_set1_pd(-1022), t));
-  __m256i n = _mm256_cvtepi32_epi64(_mm256_cvtpd_epi32(limited));
-  __m256d two_n = _mm256_castsi256_pd(
-      _mm256_slli_epi64(_mm256_add_epi64(n, _mm256_set1_epi64x(1023)), 52));
-  __m256d normal = _mm256_cmp_pd(t, _mm256_set1_pd(-1022), _CMP_NLT_UQ);
-  return _mm256_blendv_pd(_mm256_setzero_pd(), _mm256_mul_pd(p, two_n), normal);
-}
+/* 2^floor(t), made in the bits of the exponent: t is limited to where these bits are all 0, which is
+ * 2^n = 0. floor(t) + bias becomes an integer in the low bits when a large number is added to it. */
+#define WCE_AVX2_SCALE(acc, vec, sfx, slli, bias, mantissa_bits)                                \
+  WCE_INLINE vec acc##_fraction(vec t) {                                                        \
+    vec limited = _mm256_max_##sfx(_mm256_set1_##sfx(-bias), t);                                \
+    return _mm256_sub_##sfx(limited, _mm256_floor_##sfx(limited));                              \
+  }                                                                                             \
+  WCE_INLINE vec acc##_scale(vec p, vec t) {                                                    \
+    vec n = _mm256_floor_##sfx(_mm256_max_##sfx(_mm256_set1_##sfx(-bias), t));                  \
+    vec biased = _mm256_add_##sfx(n, _mm256_set1_##sfx(0x1.8p##mantissa_bits + bias));          \
+    return _mm256_mul_##sfx(                                                                    \
+        p, _mm256_castsi256_##sfx(slli(_mm256_cast##sfx##_si256(biased), mantissa_bits)));      \
+  }
+WCE_AVX2_SCALE(f32, v_f32, ps, _mm256_slli_epi32, 127, 23)
+WCE_AVX2_SCALE(f64, v_f64, pd, _mm256_slli_epi64, 1023, 52)
+#undef WCE_AVX2_SCALE
 
 WCE_INLINE float f32_first(v_f32 v) { return _mm256_cvtss_f32(v); }
 WCE_INLINE double f64_first(v_f64 v) { return _mm256_cvtsd_f64(v); }
@@ -98,26 +124,111 @@ WCE_AVX2_ACROSS(add, add)
 WCE_AVX2_ACROSS(max, max)
 #undef WCE_AVX2_ACROSS
 
+/* ---- quads: four classes of LANES rows --------------------------------------------------------- */
+
+/* 4 by 4 in each half: r[i] element j <-> r[j] element i.                                          */
+WCE_INLINE void wce_transpose_f32(__m256 r[4]) {
+  __m256 t0 = _mm256_unpacklo_ps(r[0], r[1]), t1 = _mm256_unpackhi_ps(r[0], r[1]);
+  __m256 t2 = _mm256_unpacklo_ps(r[2], r[3]), t3 = _mm256_unpackhi_ps(r[2], r[3]);
+  r[0] = _mm256_shuffle_ps(t0, t2, 0x44);
+  r[1] = _mm256_shuffle_ps(t0, t2, 0xee);
+  r[2] = _mm256_shuffle_ps(t1, t3, 0x44);
+  r[3] = _mm256_shuffle_ps(t1, t3, 0xee);
+}
+
+WCE_INLINE void f32_load_quad_f32(const float *p, int64_t step, v_f32 quad[4]) {
+  for (int i = 0; i < 4; i++) /* row i below, row i+4 above                                        */
+    quad[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p + i * step)),
+                                   _mm_loadu_ps(p + (i + 4) * step), 1);
+  wce_transpose_f32(quad);
+}
+
+WCE_INLINE void f32_store_quad_f32(float *p, int64_t step, const v_f32 quad[4]) {
+  v_f32 rows[4] = {quad[0], quad[1], quad[2], quad[3]};
+  wce_transpose_f32(rows);
+  for (int i = 0; i < 4; i++) _mm_storeu_ps(p + i * step, _mm256_castps256_ps128(rows[i]));
+  for (int i = 0; i < 4; i++) _mm_storeu_ps(p + (i + 4) * step, _mm256_extractf128_ps(rows[i], 1));
+}
+
+WCE_INLINE void wce_transpose_f64(__m256d r[4]) {
+  __m256d t0 = _mm256_unpacklo_pd(r[0], r[1]), t1 = _mm256_unpackhi_pd(r[0], r[1]);
+  __m256d t2 = _mm256_unpacklo_pd(r[2], r[3]), t3 = _mm256_unpackhi_pd(r[2], r[3]);
+  r[0] = _mm256_permute2f128_pd(t0, t2, 0x20);
+  r[1] = _mm256_permute2f128_pd(t1, t3, 0x20);
+  r[2] = _mm256_permute2f128_pd(t0, t2, 0x31);
+  r[3] = _mm256_permute2f128_pd(t1, t3, 0x31);
+}
+
+WCE_INLINE void f64_load_quad_f64(const double *p, int64_t step, v_f64 quad[4]) {
+  for (int i = 0; i < 4; i++) quad[i] = _mm256_loadu_pd(p + i * step);
+  wce_transpose_f64(quad);
+}
+
+WCE_INLINE void f64_store_quad_f64(double *p, int64_t step, const v_f64 quad[4]) {
+  v_f64 rows[4] = {quad[0], quad[1], quad[2], quad[3]};
+  wce_transpose_f64(rows);
+  for (int i = 0; i < 4; i++) _mm256_storeu_pd(p + i * step, rows[i]);
+}
+
 /* ---- 16-bit types ----------------------------------------------------------------------------- */
 
 WCE_INLINE __m256 wce_widen_bf16(__m128i h) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
 }
 
-WCE_INLINE __m128i wce_narrow_bf16(__m256 v) {
-  __m256i bits = _mm256_castps_si256(v);
+/* bf16 of each float, in its high half: rounded to nearest even in integers; all bits set for nan. */
+WCE_INLINE __m256i wce_round_bf16(__m256 v) {
+  __m256i bits = _mm256_castps_si256(v), nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
   __m256i lsb = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
   __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(lsb, _mm256_set1_epi32(0x7fff)));
-  __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
-  __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
-  rounded = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, is_nan), 16);
-  __m256i packed = _mm256_packus_epi32(rounded, rounded);
-  return _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
+  return _mm256_or_si256(rounded, nan);
+}
+
+WCE_INLINE __m256i wce_narrow_pair_bf16(__m256 a, __m256 b) {
+  __m256i packed = _mm256_packus_epi32(_mm256_srli_epi32(wce_round_bf16(a), 16),
+                                       _mm256_srli_epi32(wce_round_bf16(b), 16));
+  return _mm256_permute4x64_epi64(packed, 0xd8); /* packus works within halves                     */
+}
+
+WCE_INLINE __m128i wce_narrow_bf16(__m256 v) {
+  return _mm256_castsi256_si128(wce_narrow_pair_bf16(v, v));
 }
 
 WCE_INLINE __m256 wce_widen_f16(__m128i h) { return _mm256_cvtph_ps(h); }
 WCE_INLINE __m128i wce_narrow_f16(__m256 v) {
   return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+WCE_INLINE __m256i wce_narrow_pair_f16(__m256 a, __m256 b) {
+  return _mm256_set_m128i(wce_narrow_f16(b), wce_narrow_f16(a));
+}
+
+/* n < 8 elements, the rest 0. From four on: two overlapping loads of four.                         */
+WCE_INLINE __m128i wce_load_part(const uint16_t *p, int n) {
+  uint64_t low = 0, high = 0;
+  if (n >= 4) {
+    memcpy(&low, p, 8);
+    memcpy(&high, p + n - 4, 8);
+    high = high >> 8 * (8 - n) >> 8 * (8 - n); /* in two steps: 64 is too far for one                */
+  } else {
+    uint32_t two = 0;
+    if (n & 2) memcpy(&two, p, 4);
+    low = two;
+    if (n & 1) low |= (uint64_t)p[n - 1] << 16 * (n - 1);
+  }
+  return _mm_set_epi64x((int64_t)high, (int64_t)low);
+}
+
+/* The first n < 8 elements. */
+WCE_INLINE void wce_store_part(uint16_t *p, __m128i v, int n) {
+  uint64_t low = (uint64_t)_mm_cvtsi128_si64(v), high = (uint64_t)_mm_extract_epi64(v, 1);
+  if (n >= 4) {
+    uint64_t last = low >> 8 * (n - 4) >> 8 * (n - 4) | high << 8 * (8 - n) << 8 * (8 - n);
+    memcpy(p, &low, 8);
+    memcpy(p + n - 4, &last, 8);
+  } else {
+    if (n & 2) memcpy(p, &low, 4);
+    if (n & 1) p[n - 1] = (uint16_t)(low >> 16 * (n - 1));
+  }
 }
 
 #define WCE_AVX2_HALF(elem)                                                                     \
@@ -126,56 +237,47 @@ WCE_INLINE __m128i wce_narrow_f16(__m256 v) {
   }                                                                                             \
   WCE_INLINE v_f32 f32_load_n_##elem(const uint16_t *p, int n, v_f32 fill) {                    \
     if (n >= 8) return f32_load_##elem(p);                                                      \
-    uint16_t part[8] = {0};                                                                     \
-    for (int i = 0; i < n; i++) part[i] = p[i];                                                 \
-    return _mm256_blendv_ps(fill, f32_load_##elem(part),                                        \
+    return _mm256_blendv_ps(fill, wce_widen_##elem(wce_load_part(p, n)),                        \
                             _mm256_castsi256_ps(wce_first_lanes_f32(n)));                       \
   }                                                                                             \
   WCE_INLINE void f32_store_##elem(uint16_t *p, v_f32 v) {                                      \
     _mm_storeu_si128((__m128i *)p, wce_narrow_##elem(v));                                       \
   }                                                                                             \
   WCE_INLINE void f32_store_n_##elem(uint16_t *p, v_f32 v, int n) {                             \
-    uint16_t part[8];                                                                           \
-    f32_store_##elem(part, v);                                                                  \
-    memcpy(p, part, sizeof(uint16_t) * (size_t)(n < 8 ? n : 8));                                \
+    if (n >= 8) f32_store_##elem(p, v);                                                         \
+    else wce_store_part(p, wce_narrow_##elem(v), n);                                            \
   }                                                                                             \
-  WCE_INLINE void f32_stream_##elem(uint16_t *p, v_f32 v) {                                     \
-    _mm_stream_si128((__m128i *)p, wce_narrow_##elem(v));                                       \
+  WCE_INLINE void f32_store_pair_##elem(uint16_t *p, v_f32 a, v_f32 b) {                        \
+    _mm256_storeu_si256((__m256i *)p, wce_narrow_pair_##elem(a, b));                            \
+  }                                                                                             \
+  WCE_INLINE void f32_load_quad_##elem(const uint16_t *p, int64_t step, v_f32 quad[4]) {        \
+    for (int i = 0; i < 4; i++) { /* row i below, row i+4 above                              */ \
+      __m128i low = _mm_loadl_epi64((const __m128i *)(p + i * step));                           \
+      __m128i high = _mm_loadl_epi64((const __m128i *)(p + (i + 4) * step));                    \
+      quad[i] = wce_widen_##elem(_mm_unpacklo_epi64(low, high));                                \
+    }                                                                                           \
+    wce_transpose_f32(quad);                                                                    \
+  }                                                                                             \
+  WCE_INLINE void f32_store_quad_##elem(uint16_t *p, int64_t step, const v_f32 quad[4]) {       \
+    v_f32 rows[4] = {quad[0], quad[1], quad[2], quad[3]};                                       \
+    __m128i half[4];                                                                            \
+    wce_transpose_f32(rows);                                                                    \
+    for (int i = 0; i < 4; i++) half[i] = wce_narrow_##elem(rows[i]);                           \
+    for (int i = 0; i < 4; i++) _mm_storel_epi64((__m128i *)(p + i * step), half[i]);           \
+    for (int i = 0; i < 4; i++)                                                                 \
+      _mm_storel_epi64((__m128i *)(p + (i + 4) * step), _mm_unpackhi_epi64(half[i], half[i]));  \
   }
 WCE_AVX2_HALF(bf16)
 WCE_AVX2_HALF(f16)
 #undef WCE_AVX2_HALF
 
+/* ---- 64 bytes past the caches ----------------------------------------------------------------- */
+
+WCE_INLINE void wce_stream_line(void *to, const void *from) {
+  const __m256i *line = (const __m256i *)from;
+  _mm256_stream_si256((__m256i *)to, _mm256_loadu_si256(line));
+  _mm256_stream_si256((__m256i *)to + 1, _mm256_loadu_si256(line + 1));
+}
 WCE_INLINE void wce_stream_fence(void) { _mm_sfence(); }
-
-/* ---- transposes ------------------------------------------------------------------------------- */
-
-WCE_INLINE void f32_transpose(__m256 r[8]) {
-  __m256 t[8];
-  for (int i = 0; i < 8; i += 2) { /* pairs of rows                                                */
-    t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
-    t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
-  }
-  for (int i = 0; i < 8; i += 4) { /* fours of rows                                                */
-    r[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
-    r[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
-    r[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
-    r[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
-  }
-  for (int i = 0; i < 4; i++) { /* halves of 128 bits                                              */
-    t[i] = _mm256_permute2f128_ps(r[i], r[i + 4], 0x20);
-    t[i + 4] = _mm256_permute2f128_ps(r[i], r[i + 4], 0x31);
-  }
-  for (int i = 0; i < 8; i++) r[i] = t[i];
-}
-
-WCE_INLINE void f64_transpose(__m256d r[4]) {
-  __m256d a = _mm256_unpacklo_pd(r[0], r[1]), b = _mm256_unpackhi_pd(r[0], r[1]);
-  __m256d c = _mm256_unpacklo_pd(r[2], r[3]), d = _mm256_unpackhi_pd(r[2], r[3]);
-  r[0] = _mm256_permute2f128_pd(a, c, 0x20);
-  r[1] = _mm256_permute2f128_pd(b, d, 0x20);
-  r[2] = _mm256_permute2f128_pd(a, c, 0x31);
-  r[3] = _mm256_permute2f128_pd(b, d, 0x31);
-}
 
 #endif

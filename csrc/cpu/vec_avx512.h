@@ -4,6 +4,7 @@
 
 #include <immintrin.h>
 #include <stdint.h>
+#include <string.h>
 
 #include "../loss_math.h"
 
@@ -51,7 +52,10 @@ WCE_INLINE uint32_t wce_first_lanes(int n, int lanes) {
   WCE_INLINE void acc##_store_n_##acc(type *p, vec v, int n) {                                  \
     _mm512_mask_storeu_##sfx(p, (acc##_mask)wce_first_lanes(n, LANES_##acc), v);                \
   }                                                                                             \
-  WCE_INLINE void acc##_stream_##acc(type *p, vec v) { _mm512_stream_##sfx(p, v); }
+  WCE_INLINE void acc##_store_pair_##acc(type *p, vec a, vec b) {                               \
+    _mm512_storeu_##sfx(p, a);                                                                  \
+    _mm512_storeu_##sfx(p + LANES_##acc, b);                                                    \
+  }
 
 typedef __mmask16 f32_mask;
 typedef __mmask8 f64_mask;
@@ -61,6 +65,77 @@ WCE_AVX512_WORDS(f64, v_f64, double, pd, epi64)
 
 WCE_INLINE float f32_first(v_f32 v) { return _mm512_cvtss_f32(v); }
 WCE_INLINE double f64_first(v_f64 v) { return _mm512_cvtsd_f64(v); }
+
+/* ---- quads: four classes of LANES rows --------------------------------------------------------- */
+
+/* 4 by 4 in each quarter: r[i] element j <-> r[j] element i.                                       */
+WCE_INLINE void wce_transpose_f32(__m512 r[4]) {
+  __m512 t0 = _mm512_unpacklo_ps(r[0], r[1]), t1 = _mm512_unpackhi_ps(r[0], r[1]);
+  __m512 t2 = _mm512_unpacklo_ps(r[2], r[3]), t3 = _mm512_unpackhi_ps(r[2], r[3]);
+  r[0] = _mm512_shuffle_ps(t0, t2, 0x44);
+  r[1] = _mm512_shuffle_ps(t0, t2, 0xee);
+  r[2] = _mm512_shuffle_ps(t1, t3, 0x44);
+  r[3] = _mm512_shuffle_ps(t1, t3, 0xee);
+}
+
+WCE_INLINE void f32_load_quad_f32(const float *p, int64_t step, v_f32 quad[4]) {
+  for (int i = 0; i < 4; i++) { /* rows i, i+4, i+8, i+12                                          */
+    const float *row = p + i * step;
+    __m512 r = _mm512_castps128_ps512(_mm_loadu_ps(row));
+    r = _mm512_insertf32x4(r, _mm_loadu_ps(row + 4 * step), 1);
+    r = _mm512_insertf32x4(r, _mm_loadu_ps(row + 8 * step), 2);
+    quad[i] = _mm512_insertf32x4(r, _mm_loadu_ps(row + 12 * step), 3);
+  }
+  wce_transpose_f32(quad);
+}
+
+WCE_INLINE void f32_store_quad_f32(float *p, int64_t step, const v_f32 quad[4]) {
+  v_f32 rows[4] = {quad[0], quad[1], quad[2], quad[3]};
+  wce_transpose_f32(rows);
+#define WCE_STORE_QUARTER(k)                                                                    \
+  for (int i = 0; i < 4; i++)                                                                   \
+    _mm_storeu_ps(p + (4 * k + i) * step, _mm512_extractf32x4_ps(rows[i], k));
+  WCE_STORE_QUARTER(0)
+  WCE_STORE_QUARTER(1)
+  WCE_STORE_QUARTER(2)
+  WCE_STORE_QUARTER(3)
+#undef WCE_STORE_QUARTER
+}
+
+/* r[i]: four classes of row {0, 1, 4, 5}[i] below, of the row two further on above; becomes four
+ * classes of 8 rows in order.                                                                     */
+WCE_INLINE void wce_classes_f64(__m512d r[4]) {
+  __m512d t0 = _mm512_unpacklo_pd(r[0], r[1]), t1 = _mm512_unpackhi_pd(r[0], r[1]);
+  __m512d t2 = _mm512_unpacklo_pd(r[2], r[3]), t3 = _mm512_unpackhi_pd(r[2], r[3]);
+  r[0] = _mm512_shuffle_f64x2(t0, t2, 0x88);
+  r[1] = _mm512_shuffle_f64x2(t1, t3, 0x88);
+  r[2] = _mm512_shuffle_f64x2(t0, t2, 0xdd);
+  r[3] = _mm512_shuffle_f64x2(t1, t3, 0xdd);
+}
+
+WCE_INLINE void f64_load_quad_f64(const double *p, int64_t step, v_f64 quad[4]) {
+  for (int i = 0; i < 4; i++) {
+    const double *row = p + (i < 2 ? i : i + 2) * step;
+    quad[i] = _mm512_insertf64x4(_mm512_castpd256_pd512(_mm256_loadu_pd(row)),
+                                 _mm256_loadu_pd(row + 2 * step), 1);
+  }
+  wce_classes_f64(quad);
+}
+
+WCE_INLINE void f64_store_quad_f64(double *p, int64_t step, const v_f64 quad[4]) {
+  __m512d t0 = _mm512_unpacklo_pd(quad[0], quad[1]), t1 = _mm512_unpackhi_pd(quad[0], quad[1]);
+  __m512d t2 = _mm512_unpacklo_pd(quad[2], quad[3]), t3 = _mm512_unpackhi_pd(quad[2], quad[3]);
+#define WCE_STORE_ROWS(k) /* rows 2*k and 2*k + 1: their classes 0, 1 stand in t0, t1; 2, 3 in t2, t3 */ \
+  _mm_storeu_pd(p + 2 * k * step, _mm512_extractf64x2_pd(t0, k));                               \
+  _mm_storeu_pd(p + 2 * k * step + 2, _mm512_extractf64x2_pd(t2, k));                           \
+  _mm_storeu_pd(p + (2 * k + 1) * step, _mm512_extractf64x2_pd(t1, k));                         \
+  _mm_storeu_pd(p + (2 * k + 1) * step + 2, _mm512_extractf64x2_pd(t3, k));
+  WCE_STORE_ROWS(0)
+  WCE_STORE_ROWS(1)
+  WCE_STORE_ROWS(2)
+  WCE_STORE_ROWS(3)
+#undef WCE_STORE_ROWS
+}
 
 /* ---- 16-bit types ----------------------------------------------------------------------------- */
 
@@ -83,6 +158,12 @@ WCE_INLINE __m256i wce_narrow_f16(__m512 v) {
   return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 
+/* Four elements each of two rows. */
+WCE_INLINE __m128i wce_two_rows(const uint16_t *low, const uint16_t *high) {
+  return _mm_unpacklo_epi64(_mm_loadl_epi64((const __m128i *)low),
+                            _mm_loadl_epi64((const __m128i *)high));
+}
+
 #define WCE_AVX512_HALF(elem)                                                                   \
   WCE_INLINE v_f32 f32_load_##elem(const uint16_t *p) {                                         \
     return wce_widen_##elem(_mm256_loadu_si256((const __m256i *)p));                            \
@@ -97,60 +178,35 @@ WCE_INLINE __m256i wce_narrow_f16(__m512 v) {
   WCE_INLINE void f32_store_n_##elem(uint16_t *p, v_f32 v, int n) {                             \
     _mm256_mask_storeu_epi16(p, (__mmask16)wce_first_lanes(n, 16), wce_narrow_##elem(v));       \
   }                                                                                             \
-  WCE_INLINE void f32_stream_##elem(uint16_t *p, v_f32 v) {                                     \
-    _mm256_stream_si256((__m256i *)p, wce_narrow_##elem(v));                                    \
+  WCE_INLINE void f32_store_pair_##elem(uint16_t *p, v_f32 a, v_f32 b) {                        \
+    f32_store_##elem(p, a);                                                                     \
+    f32_store_##elem(p + 16, b);                                                                \
+  }                                                                                             \
+  WCE_INLINE void f32_load_quad_##elem(const uint16_t *p, int64_t step, v_f32 quad[4]) {        \
+    for (int i = 0; i < 4; i++) { /* rows i, i+4, i+8, i+12                                  */ \
+      const uint16_t *row = p + i * step;                                                       \
+      quad[i] = wce_widen_##elem(_mm256_set_m128i(                                              \
+          wce_two_rows(row + 8 * step, row + 12 * step), wce_two_rows(row, row + 4 * step)));   \
+    }                                                                                           \
+    wce_transpose_f32(quad);                                                                    \
+  }                                                                                             \
+  WCE_INLINE void f32_store_quad_##elem(uint16_t *p, int64_t step, const v_f32 quad[4]) {       \
+    v_f32 rows[4] = {quad[0], quad[1], quad[2], quad[3]};                                       \
+    uint64_t four[4][4]; /* [i][k]: row i + 4*k                                              */ \
+    wce_transpose_f32(rows);                                                                    \
+    for (int i = 0; i < 4; i++)                                                                 \
+      _mm256_storeu_si256((__m256i *)four[i], wce_narrow_##elem(rows[i]));                      \
+    for (int j = 0; j < 16; j++) memcpy(p + j * step, &four[j % 4][j / 4], sizeof(uint64_t));   \
   }
 WCE_AVX512_HALF(bf16)
 WCE_AVX512_HALF(f16)
 #undef WCE_AVX512_HALF
 
+/* ---- 64 bytes past the caches ----------------------------------------------------------------- */
+
+WCE_INLINE void wce_stream_line(void *to, const void *from) {
+  _mm512_stream_si512((__m512i *)to, _mm512_loadu_si512(from));
+}
 WCE_INLINE void wce_stream_fence(void) { _mm_sfence(); }
-
-/* ---- transposes ------------------------------------------------------------------------------- */
-
-WCE_INLINE void f32_transpose(__m512 r[16]) {
-  __m512 t[16];
-  for (int i = 0; i < 16; i += 2) { /* pairs of rows, 32 bits at a time                            */
-    t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
-    t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4) { /* fours of rows, 64 bits at a time                            */
-#define WCE_PD(x) _mm512_castps_pd(x)
-    r[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(WCE_PD(t[i]), WCE_PD(t[i + 2])));
-    r[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(WCE_PD(t[i]), WCE_PD(t[i + 2])));
-    r[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(WCE_PD(t[i + 1]), WCE_PD(t[i + 3])));
-    r[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(WCE_PD(t[i + 1]), WCE_PD(t[i + 3])));
-#undef WCE_PD
-  }
-  for (int i = 0; i < 4; i++) { /* quarters of 128 bits: even ones, odd ones                       */
-    t[i] = _mm512_shuffle_f32x4(r[i], r[i + 4], 0x88);
-    t[i + 4] = _mm512_shuffle_f32x4(r[i], r[i + 4], 0xdd);
-    t[i + 8] = _mm512_shuffle_f32x4(r[i + 8], r[i + 12], 0x88);
-    t[i + 12] = _mm512_shuffle_f32x4(r[i + 8], r[i + 12], 0xdd);
-  }
-  for (int i = 0; i < 8; i++) {
-    r[i] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0x88);
-    r[i + 8] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0xdd);
-  }
-}
-
-WCE_INLINE void f64_transpose(__m512d r[8]) {
-  __m512d t[8];
-  for (int i = 0; i < 8; i += 2) {
-    t[i] = _mm512_unpacklo_pd(r[i], r[i + 1]);
-    t[i + 1] = _mm512_unpackhi_pd(r[i], r[i + 1]);
-  }
-  for (int i = 0; i < 2; i++) {
-    r[i] = _mm512_shuffle_f64x2(t[i], t[i + 2], 0x88);
-    r[i + 2] = _mm512_shuffle_f64x2(t[i], t[i + 2], 0xdd);
-    r[i + 4] = _mm512_shuffle_f64x2(t[i + 4], t[i + 6], 0x88);
-    r[i + 6] = _mm512_shuffle_f64x2(t[i + 4], t[i + 6], 0xdd);
-  }
-  for (int i = 0; i < 4; i++) {
-    t[i] = _mm512_shuffle_f64x2(r[i], r[i + 4], 0x88);
-    t[i + 4] = _mm512_shuffle_f64x2(r[i], r[i + 4], 0xdd);
-  }
-  for (int i = 0; i < 8; i++) r[i] = t[i];
-}
 
 #endif

@@ -9,32 +9,33 @@
 #ifndef WCE_VEC_EXP_H
 #define WCE_VEC_EXP_H
 
-WCE_INLINE v_f32 f32_exp(v_f32 d) {
-  v_f32 t = f32_mul(d, f32_set1(1.44269504f)), f = f32_fraction(t);
-  v_f32 p = f32_set1(0x1.e974fcp-10f);
-  p = f32_fma(p, f, f32_set1(0x1.277854p-7f));
-  p = f32_fma(p, f, f32_set1(0x1.c91ce6p-5f));
-  p = f32_fma(p, f, f32_set1(0x1.ebdb56p-3f));
-  p = f32_fma(p, f, f32_set1(0x1.62e4bap-1f));
-  p = f32_fma(p, f, f32_set1(1.0f));
-  return f32_scale(p, t);
-}
+/* n vectors at a time, step by step, so that n independent chains lie close together: 7.8 -> 6.5
+ * cycles a vector with n = 4 (AVX2, Zen 3).                                                       */
+#define WCE_DEFINE_EXP(acc, vec, type, log2e, ...)                                              \
+  static const type acc##_exp_coefs[] = {__VA_ARGS__};                                          \
+  WCE_INLINE void acc##_exp_n(vec *d, const int n) {                                            \
+    vec f[4], p[4];                                                                             \
+    for (int k = 0; k < n; k++) d[k] = acc##_mul(d[k], acc##_set1(log2e));                      \
+    for (int k = 0; k < n; k++) f[k] = acc##_fraction(d[k]);                                    \
+    for (int k = 0; k < n; k++) p[k] = acc##_set1(acc##_exp_coefs[0]);                          \
+    _Pragma("GCC unroll 16")                                                                    \
+    for (size_t i = 1; i < sizeof acc##_exp_coefs / sizeof(type); i++)                          \
+      for (int k = 0; k < n; k++)                                                               \
+        p[k] = acc##_fma(p[k], f[k], acc##_set1(acc##_exp_coefs[i]));                           \
+    for (int k = 0; k < n; k++) d[k] = acc##_scale(p[k], d[k]);                                 \
+  }                                                                                             \
+  WCE_INLINE vec acc##_exp(vec d) {                                                             \
+    acc##_exp_n(&d, 1);                                                                         \
+    return d;                                                                                   \
+  }
 
-WCE_INLINE v_f64 f64_exp(v_f64 d) {
-  v_f64 t = f64_mul(d, f64_set1(1.4426950408889634)), f = f64_fraction(t);
-  v_f64 p = f64_set1(0x1.585570d838fe7p-31);
-  p = f64_fma(p, f, f64_set1(0x1.c2c5204d8e9ddp-28));
-  p = f64_fma(p, f, f64_set1(0x1.b85f2b7c69bb8p-24));
-  p = f64_fma(p, f, f64_set1(0x1.628f374d667a5p-20));
-  p = f64_fma(p, f, f64_set1(0x1.ffcfc67fc8a44p-17));
-  p = f64_fma(p, f, f64_set1(0x1.4308fa1efd4c4p-13));
-  p = f64_fma(p, f, f64_set1(0x1.5d87ff4d185d8p-10));
-  p = f64_fma(p, f, f64_set1(0x1.3b2ab6f734486p-7));
-  p = f64_fma(p, f, f64_set1(0x1.c6b08d7065826p-5));
-  p = f64_fma(p, f, f64_set1(0x1.ebfbdff82c04bp-3));
-  p = f64_fma(p, f, f64_set1(0x1.62e42fefa39f5p-1));
-  p = f64_fma(p, f, f64_set1(1.0));
-  return f64_scale(p, t);
-}
+WCE_DEFINE_EXP(f32, v_f32, float, 1.44269504f, 0x1.e974fcp-10f, 0x1.277854p-7f, 0x1.c91ce6p-5f,
+               0x1.ebdb56p-3f, 0x1.62e4bap-1f, 1.0f)
+WCE_DEFINE_EXP(f64, v_f64, double, 1.4426950408889634, 0x1.585570d838fe7p-31,
+               0x1.c2c5204d8e9ddp-28, 0x1.b85f2b7c69bb8p-24, 0x1.628f374d667a5p-20,
+               0x1.ffcfc67fc8a44p-17, 0x1.4308fa1efd4c4p-13, 0x1.5d87ff4d185d8p-10,
+               0x1.3b2ab6f734486p-7, 0x1.c6b08d7065826p-5, 0x1.ebfbdff82c04bp-3,
+               0x1.62e42fefa39f5p-1, 1.0)
+#undef WCE_DEFINE_EXP
 
 #endif

@@ -10,8 +10,11 @@
  *   scale(p, t)                 p * 2^floor(t); 0 for t = -inf or p*2^floor(t) far below the range
  *   first hadd hmax             lane 0, sum of lanes (fixed order), maximum of lanes
  *   load_<elem>(p)  load_n_<elem>(p, n, fill)  store_<elem>(p, v)  store_n_<elem>(p, v, n)
- *   stream_<elem>(p, v)         store that bypasses the caches; p aligned to the vector's bytes
- *   transpose(rows)             rows[i] lane j <-> rows[j] lane i, LANES rows
+ *   store_pair_<elem>(p, a, b)           store a, then b behind it
+ *   load_quad_<elem>(p, step, quad)      quad[c] lane j = p[j*step + c], c = 0..3: four classes of LANES rows
+ *   store_quad_<elem>(p, step, quad)     the reverse, rows in ascending order
+ *
+ * and for all types: stream_line(to, from), 64 bytes past the caches, to aligned; stream_fence().
  */
 #ifndef WCE_VEC_H
 #define WCE_VEC_H
@@ -46,8 +49,7 @@ typedef int64_t index_f64;
   }                                                                                            \
   WCE_INLINE type acc##_first(type v) { return v; }                                            \
   WCE_INLINE type acc##_hadd(type v) { return v; }                                             \
-  WCE_INLINE type acc##_hmax(type v) { return v; }                                             \
-  WCE_INLINE void acc##_transpose(type rows[1]) { (void)rows; }
+  WCE_INLINE type acc##_hmax(type v) { return v; }
 
 WCE_SCALAR_WORDS(f32, float, floorf, ldexpf)
 WCE_SCALAR_WORDS(f64, double, floor, ldexp)
@@ -61,13 +63,24 @@ WCE_SCALAR_WORDS(f64, double, floor, ldexp)
   WCE_INLINE void acc##_store_n_##elem(memory *p, type v, int n) {                             \
     if (n > 0) *p = from_acc(v);                                                               \
   }                                                                                            \
-  WCE_INLINE void acc##_stream_##elem(memory *p, type v) { *p = from_acc(v); }
+  WCE_INLINE void acc##_store_pair_##elem(memory *p, type a, type b) {                         \
+    p[0] = from_acc(a), p[1] = from_acc(b);                                                    \
+  }                                                                                            \
+  WCE_INLINE void acc##_load_quad_##elem(const memory *p, int64_t step, type quad[4]) {        \
+    (void)step;                                                                                \
+    for (int c = 0; c < 4; c++) quad[c] = to_acc(p[c]);                                        \
+  }                                                                                            \
+  WCE_INLINE void acc##_store_quad_##elem(memory *p, int64_t step, const type quad[4]) {       \
+    (void)step;                                                                                \
+    for (int c = 0; c < 4; c++) p[c] = from_acc(quad[c]);                                      \
+  }
 
 WCE_SCALAR_MEMORY(f32, float, f32, float, , )
 WCE_SCALAR_MEMORY(f64, double, f64, double, , )
 WCE_SCALAR_MEMORY(f32, float, bf16, uint16_t, wce_bf16_to_float, wce_float_to_bf16)
 WCE_SCALAR_MEMORY(f32, float, f16, uint16_t, wce_f16_to_float, wce_float_to_f16)
 
+WCE_INLINE void wce_stream_line(void *to, const void *from) { memcpy(to, from, 64); }
 WCE_INLINE void wce_stream_fence(void) {}
 
 #endif
