@@ -659,8 +659,8 @@ def test_mixup_reads_the_logits_once():
                                         (torch.ones(4, dtype=torch.long), "int"),
                                         ("0.5", "str"), ([0.5] * 4, "list"),
                                         (np.full(4, 0.5), "ndarray of shape [4]")],
-                         ids=["above", "below", "nan", "tensor", "shape", "integers", "text", "list",
-                              "array"])
+                         ids=["above", "below", "nan", "tensor", "shape", "integers", "text",
+                              "list", "array"])
 def test_mixup_bad_lam(lam, words):
     with pytest.raises((ValueError, TypeError), match="lam") as caught:
         mixup(torch.randn(4, 5), torch.tensor([0, 1, 2, 3]), torch.tensor([0, 1, 2, 3]), lam)

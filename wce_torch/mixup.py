@@ -41,8 +41,8 @@ def mixup_cross_entropy(
         The loss, in the logits' type (under autocast float32).
 
     Raises:
-        ValueError: ``lam`` outside of 0 to 1 (tensors: checked on the CPU), or of another shape; the
-        shapes of the targets differ.
+        ValueError: ``lam`` outside of 0 to 1 (tensors: checked on the CPU), or of another shape;
+            the shapes of the targets differ.
         RuntimeError: a target that does not hold class numbers, or is on another device.
         Other errors as in :func:`cross_entropy`.
     """

@@ -143,8 +143,8 @@ Tensor leave_to_native(WCE_LOSS_PARAMS(SymInt), const char *why) {
                       log_prior, sample_weight, mask,   normalizer, skip_empty, target2, mix};
   leave_fused(why);
   TORCH_CHECK(is_plain(args, empty_zero), "wce_torch: ", why,
-              "; class_prior, sample_weight, mask, normalizer, empty, skip_empty_targets and mixtures "
-              "are not available there");
+              "; class_prior, sample_weight, mask, normalizer, empty, skip_empty_targets and "
+              "mixtures are not available there");
   (void)out_fp32;
   return at::cross_entropy_loss_symint(input, target, weight, reduction, ignore_index,
                                        label_smoothing);
@@ -248,8 +248,9 @@ Tensor cross_entropy_any(WCE_LOSS_PARAMS(SymInt)) {
   if (route.path == Path::composite) return leave_to_composite(WCE_LOSS_ARGS, route.why);
   if (route.path == Path::native) return leave_to_native(WCE_LOSS_ARGS, route.why);
   if (any_needs_grad(input)) {
-    const LossCall call{target,  weight, log_prior,    sample_weight, mask,            normalizer,
-                        target2, mix,    ignore_index, reduction,     label_smoothing, empty_zero,
+    const LossCall call{target,     weight,   log_prior, sample_weight,
+                        mask,       normalizer, target2, mix,
+                        ignore_index, reduction, label_smoothing, empty_zero,
                         skip_empty, out_fp32};
     return CrossEntropy::apply(input, call);
   }

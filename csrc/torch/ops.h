@@ -90,7 +90,8 @@ RowsBackwardFn rows_backward;
 bool is_soft(const at::Tensor &input, const at::Tensor &target);
 
 // What forward leaves for backward is stats = [denominator, m[rows], L[rows], denominator of
-// target2's half]: m and L where they are saved, the last one for mixtures. The size may be symbolic.
+// target2's half]: m and L where they are saved, the last one for mixtures. The size may be
+// symbolic.
 c10::SymInt stats_size(const at::Tensor &input, bool is_mixture);
 
 // Views of the arguments, for the functions that look at all of them.

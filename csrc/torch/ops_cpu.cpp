@@ -86,7 +86,8 @@ LossAndStats forward_no_classes(const LossArgs &args, const Problem &problem, in
   check_no_classes(args, ignore_index);
   constexpr double nan = std::numeric_limits<double>::quiet_NaN();
   const bool smoothed = !is_soft(args.input, args.target) && args.label_smoothing > 0;
-  at::Tensor loss = empty({}, type), stats = empty_stats(args.input, problem, args.target2.has_value());
+  at::Tensor loss = empty({}, type);
+  at::Tensor stats = empty_stats(args.input, problem, args.target2.has_value());
   std::memset(stats.mutable_data_ptr(), 0, stats.nbytes());
   set_value(loss, args.reduction == WCE_MEAN || (smoothed && problem.rows > 0) ? nan : 0.0);
   if (args.reduction == WCE_NONE) loss = loss.expand(problem.row_shape()).contiguous();

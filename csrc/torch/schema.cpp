@@ -43,9 +43,9 @@ TORCH_LIBRARY(wce, m) {
   m.def("rows_forward" WCE_SCHEMA_ROWS, tags);
   m.def("rows_composite" WCE_SCHEMA_ROWS, tags);
   m.def("rows_backward(Tensor? grad_loss, Tensor? grad_lse, Tensor? grad_log_prob, "
-        "Tensor input, Tensor? target, Tensor? target_prob, Tensor? weight, Tensor? log_prior, Tensor? mask, Tensor stats, "
-        "float spike, float floor, float soft, SymInt ignore_index, bool skip_empty, *, "
-        "Tensor? sample_weight=None, int reduction=0) -> Tensor",
+        "Tensor input, Tensor? target, Tensor? target_prob, Tensor? weight, Tensor? log_prior, "
+        "Tensor? mask, Tensor stats, float spike, float floor, float soft, SymInt ignore_index, "
+        "bool skip_empty, *, Tensor? sample_weight=None, int reduction=0) -> Tensor",
         tags);
 }
 
