@@ -6,7 +6,7 @@
  *   m     = max_c x_c      L = log(sum_c exp(x_c - m))      p_c = exp(x_c - m - L)
  *   a_c   = w_c * (spike*[c = y] + floor + soft*q_c)        A = sum_c a_c
  *   loss  = s * (A*L - sum_c a_c*(x_c - m))
- *   dx_c  = g*s*(A*p_c - a_c) + h*p_c + u*([c = y] - p_c) + u2*([c = y2] - p_c)
+ *   dx_c  = g*s*(A*p_c - a_c) + h*p_c + u*([c = y] - p_c)
  *
  *   index target y                     spike = 1      floor = 0      soft = 0
  *   index target y, label smoothing e  spike = 1-e    floor = e/C    soft = 0
@@ -14,6 +14,8 @@
  *   soft target q, smoothing e         spike = 0      floor = e/C    soft = 1-e
  *
  * A class whose a_c is exactly 0 adds nothing to the loss, also where x_c is -inf.
+ * A mixture of two index targets y and y2 has the loss mix*loss(y) + (1-mix)*loss(y2). A half whose
+ * target is ignored is 0, and each half has a mean, and so a denominator, of its own.
  * A row that does not count (its index target is ignore_index, its mask is 0, or its soft target
  * is all zero and skip_empty is set) has loss 0 and weight 0, whatever its logits hold.
  *
@@ -43,7 +45,9 @@ typedef struct {
   wce_view logits; /* stride_class == 1 (rows) or stride_inner == 1 (planes)                      */
 
   const int64_t *target;  /* [rows] or NULL. Values may be anything: they are checked              */
-  const int64_t *target2; /* [rows] or NULL: a second class whose log-probability is wanted        */
+  const int64_t *target2; /* [rows] or NULL: the second index target of a mixture                  */
+  const void *mix;        /* acc: what target has of the mixture; with target2, else NULL          */
+  int64_t mix_stride;     /* 0: one value for all rows; 1: [rows]                                  */
   wce_view prob;          /* soft target; data NULL: absent. Same unit stride as the logits        */
   wce_dtype prob_dtype;   /* f64 with f64 logits, else f32, bf16 or f16                            */
 
@@ -62,15 +66,16 @@ typedef struct {
   void *max, *log_sum; /* m and L, kept apart: their sum loses the low bits under large offsets    */
   void *loss;          /* of type loss_dtype                                                       */
   wce_dtype loss_dtype;
-  void *lse;                  /* m + L, of every row, counted or not                               */
-  void *log_prob, *log_prob2; /* x_y - m - L; 0 where the target is ignored                        */
-  void *entropy;              /* L - sum_c p_c*(x_c - m), of every row                             */
-  uint8_t *correct;           /* x_y == m                                                          */
+  void *lse;        /* m + L, of every row, counted or not                                         */
+  void *log_prob;   /* x_y - m - L; 0 where the target is ignored                                  */
+  void *entropy;    /* L - sum_c p_c*(x_c - m), of every row                                       */
+  uint8_t *correct; /* x_y == m                                                                    */
 } wce_row_outputs;
 
 /* Sums over the rows. weight: sum of s*w_y (index target), of s (soft target).                    */
 typedef struct {
   double loss, weight;
+  double loss2, weight2; /* of the second half of a mixture, else 0                               */
   int64_t count;   /* rows that count                                                             */
   int64_t bad_row; /* first row whose target (or target2) is neither a class nor ignore_index, or
                       is a class whose prior is -inf; -1: none                                     */
@@ -87,9 +92,9 @@ typedef struct {
   wce_dtype grad_dtype;       /*                                                                   */
   int64_t grad_stride;        /* 0: one value for all rows; 1: [rows]                              */
   const void *denominator;    /* acc, one value: g = grad / denominator; NULL: 1                   */
+  const void *denominator2;   /* the same for the second half of a mixture                         */
   const void *grad_lse;       /* h, [rows] acc, or NULL                                            */
   const void *grad_log_prob;  /* u, [rows] acc, or NULL                                            */
-  const void *grad_log_prob2; /* u2, [rows] acc, or NULL                                           */
 } wce_row_grads;
 
 /* Whether forward keeps m and L for backward. For narrow rows their traffic would cost as much as

@@ -185,6 +185,29 @@ def reference(x, target, weight=None, *, ignore_index=-100, reduction="mean", la
         entropy=torch.where(bad, math.nan, entropy).reshape(positions), correct=correct)
 
 
+def mixed_reference(x, a, b, lam, reduction="mean", **options):
+    """lam*ce(a) + (1-lam)*ce(b) in float64, each half with its own denominator: loss and gradient.
+
+    lam: a number, or one per sample or position.
+    """
+    lam = torch.as_tensor(lam, dtype=torch.float64)
+    lam = lam.reshape(lam.shape + (1,) * (a.dim() - lam.dim())) if lam.dim() else lam
+    totals, dxs = 0.0, 0.0
+    for target, share in ((a, lam), (b, 1 - lam)):
+        scale = share.expand(a.shape)
+        if reduction == "none":
+            part = reference(x, target, reduction="none", grad=scale, **options)
+            totals, dxs = totals + scale * part.loss, dxs + part.dx
+            continue
+        part = reference(x, target, reduction="none", **options)
+        denominator = 1.0
+        if reduction == "mean":
+            denominator = reference(x, target, reduction="mean", **options).denominator
+        totals = totals + (scale * part.loss).sum() / denominator
+        dxs = dxs + reference(x, target, reduction="none", grad=scale / denominator, **options).dx
+    return totals, dxs
+
+
 # ---- layouts -------------------------------------------------------------------------------------
 # Each takes a contiguous tensor (N, C, d1, ...) and returns one of equal values and other strides.
 

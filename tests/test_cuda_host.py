@@ -24,6 +24,7 @@ from reference import (
     Case,
     as_layout,
     assert_near,
+    mixed_reference,
     reference,
     to_rows,
 )
@@ -272,7 +273,7 @@ def test_nothing_to_do(driver):
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
 @pytest.mark.parametrize("way", WAYS)
 def test_row_results(driver, way, dtype):
-    """lse, log_prob, entropy, correct; gradients of lse and log_prob; a second target."""
+    """lse, log_prob, entropy, correct; gradients of lse and log_prob."""
     problems = []
     layout, plan, view = WAYS[way]
     gen = torch.Generator().manual_seed(5)
@@ -293,17 +294,38 @@ def test_row_results(driver, way, dtype):
             job.grad_lse, job.grad_log_prob = h, u
             want.dx_scale = want.dx_scale + 3 * (h.abs().max() + u.abs().max()).double()
             problems.append((job, want, *words))
-    results = check_all(driver, problems)
-    # The same class as second target: the same log-probability, and a gradient twice.
-    again = []
-    for job, *_ in problems:
-        job.target2, job.grad_log_prob2, job.grad_log_prob = job.target, job.grad_log_prob, None
-        again.append(job)
-    for first, second in zip(results, host.run(driver, again), strict=True):
-        assert torch.equal(first["log_prob"], second["log_prob2"])
-        limit = 1e-2 if first["dx"].itemsize == 2 else 1e-5
-        torch.testing.assert_close(first["dx"].float(), second["dx"].float(), atol=limit,
-                                   rtol=limit, equal_nan=True)
+    check_all(driver, problems)
+
+
+# ---- mixtures of two targets ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("dtype", ["f32", "bf16", "f64"])
+@pytest.mark.parametrize("way", WAYS)
+def test_mixture(driver, way, dtype, reduction):
+    """Loss and gradient of lam*loss(a) + (1-lam)*loss(b), with targets that are ignored in one."""
+    jobs, wanted = [], []
+    for classes in (3, 32) if way.startswith("narrow") else (3, 40):
+        for body in ("fast", "weighted", "everything"):
+            for per_row in (False, True):
+                case = Case((2, classes, 9), reduction=reduction, **BODIES[body])
+                job, *_ = placed_problem(case, dtype, way, classes, saved=per_row)
+                a = job.target
+                b = torch.where(a == -100, 1, (a + 1) % classes)
+                b.view(-1)[::4] = -100
+                lam = torch.rand(a.shape if per_row else (), generator=torch.manual_seed(classes))
+                job.target2, job.mix, job.grad = b, lam, torch.ones_like(job.grad)
+                options = case.build(DTYPES[dtype], seed=classes)[2]
+                keep = ("sample_weight", "mask")
+                options = {k: v.reshape(a.shape) if k in keep else v for k, v in options.items()}
+                jobs.append(job)
+                wanted.append(mixed_reference(job.x, a, b, lam, **options))
+    for job, (loss, dx), got in zip(jobs, wanted, host.run(driver, jobs), strict=True):
+        words = f"{tuple(job.x.shape)} {job.plan}"
+        assert_near(got["row_loss" if reduction == "none" else "loss"], loss,
+                    30 * (18 if reduction == "sum" else 1), message=words)
+        assert_near(got["dx"], dx, 4, message=words)
 
 
 # ---- bad targets ---------------------------------------------------------------------------------
@@ -323,7 +345,8 @@ def test_bad_target(driver, way):
         target.view(-1)[11] = value
         target.view(-1)[14] = value
         for key in ("target", "target2"):
-            jobs.append(Job(x, **{"target": target.clamp(0, 4), key: target}, dx=like(x),
+            second = {} if key == "target" else {"target2": target, "mix": torch.tensor(0.5)}
+            jobs.append(Job(x, **{"target": target.clamp(0, 4), key: target, **second}, dx=like(x),
                             check=True, plan=plan, layout=view, rows=True, reduction="none",
                             grad=torch.ones(positions), saved=k % 2 == 0))
     for got in host.run(driver, jobs):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils._python_dispatch
 from reference import (
     DTYPES,
     FEATURE_CASES,
@@ -20,11 +21,13 @@ from reference import (
     case_ids,
     check,
     log_prior_of,
+    mixed_reference,
     reference,
     run,
     same_bits,
 )
 from test_ops import peak_bytes
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import wce_torch
 
@@ -128,10 +131,14 @@ BAD = {
     "prior_zeros": (dict(class_prior=torch.zeros(4)), "class_prior", "0"),
     "prior_size": (dict(class_prior=torch.ones(5)), "(class|log)_prior", "5"),
     "prior_rank": (dict(class_prior=torch.ones(1, 4)), "class_prior", r"1, 4"),
+    "prior_text": (dict(class_prior=["a", "b"]), "class_prior", "'a'"),
+    "prior_ragged": (dict(class_prior=[[1], [2, 3]]), "class_prior", r"\[2, 3\]"),
+    "prior_sum": (dict(class_prior=[1e308] * 4), "class_prior", "inf"),
     "prior_complex": (dict(class_prior=torch.ones(4) + 0j), "class_prior", "complex"),
     "tau_negative": (dict(class_prior=torch.ones(4), tau=-0.5), "tau", "-0.5"),
     "tau_nan": (dict(class_prior=torch.ones(4), tau=math.nan), "tau", "nan"),
     "tau_inf": (dict(class_prior=torch.ones(4), tau=math.inf), "tau", "inf"),
+    "tau_values": (dict(class_prior=torch.ones(4), tau=torch.ones(2)), "tau", r"Tensor.*2"),
     "tau_text": (dict(class_prior=torch.ones(4), tau="1"), "tau", "str"),
     "sample_weight_size": (dict(sample_weight=torch.ones(5)), "sample_weight", "5"),
     "sample_weight_rank": (dict(sample_weight=torch.ones(6, 1)), "sample_weight", "6, 1"),
@@ -144,6 +151,7 @@ BAD = {
     "normalizer_shape": (dict(normalizer=torch.ones(2)), "normalizer", "2"),
     "normalizer_text": (dict(normalizer="3"), "normalizer", "str"),
     "normalizer_complex": (dict(normalizer=torch.tensor(1j)), "normalizer", "(?i)complex"),
+    "skip_text": (dict(skip_empty_targets="no"), "skip_empty_targets", "no"),
     "empty": (dict(empty="one"), "empty", "one"),
 }
 
@@ -352,6 +360,12 @@ def test_class_weight_sum_errors():
         wce_torch.class_weight_sum(torch.tensor([0, 9]), torch.ones(3))
     with pytest.raises((ValueError, RuntimeError), match="weight"):
         wce_torch.class_weight_sum(torch.tensor([0, 1]), torch.ones(1, 3))
+    with pytest.raises(TypeError, match="target.*bool"):
+        wce_torch.class_weight_sum(torch.tensor([True, False]))
+    with pytest.raises(TypeError, match="weight.*list"):
+        wce_torch.class_weight_sum(torch.tensor([0, 1]), [1.0, 2.0])
+    with pytest.raises(RuntimeError, match="weight.*meta"):
+        wce_torch.class_weight_sum(torch.tensor([0, 1]), torch.ones(2, device="meta"))
 
 
 @pytest.mark.parametrize("soft", [False, True], ids=["index", "soft"])
@@ -445,6 +459,23 @@ def test_stats_of_special_rows():
     assert_near(stats.entropy, want.entropy, 1)
 
 
+@pytest.mark.parametrize("classes", [4, 40])
+@pytest.mark.parametrize("forward_ad", [False, True], ids=["fused", "composite"])
+def test_correct_in_special_rows(classes, forward_ad):
+    """The largest logit of a row with nan is nan, which no class has; ties are correct."""
+    x = torch.full((5, classes), -math.inf)
+    x[0, :4] = torch.tensor([math.nan, 1, 0, 0.5])
+    x[1, :4] = torch.tensor([0, 1, math.nan, 0.5])
+    x[3, 0] = math.inf
+    x[4, :2] = 1.0
+    y = torch.tensor([1, 1, 0, 0, 1])
+    with torch.autograd.forward_ad.dual_level():
+        if forward_ad:
+            x = torch.autograd.forward_ad.make_dual(x, torch.zeros_like(x))
+        got = with_stats(x, y, reduction="none").correct
+    assert got.tolist() == [False, False, True, True, True]
+
+
 def test_entropy_bounds():
     equal = with_stats(torch.zeros(2, 1000), torch.zeros(2, dtype=torch.long))
     torch.testing.assert_close(equal.entropy, torch.full((2,), math.log(1000)))
@@ -525,26 +556,6 @@ def test_stats_errors():
 # ---- MixUp ---------------------------------------------------------------------------------------
 
 
-def mixed_reference(x, a, b, lam, reduction="mean", **options):
-    """lam*ce(a) + (1-lam)*ce(b) in float64: loss and gradient."""
-    lam = torch.as_tensor(lam, dtype=torch.float64)
-    one = lam.reshape(lam.shape + (1,) * (a.dim() - lam.dim())) if lam.dim() else lam
-    totals, dxs = 0.0, 0.0
-    for target, share in ((a, one), (b, 1 - one)):
-        scale = share.expand(a.shape)
-        if reduction == "none":
-            part = reference(x, target, reduction="none", grad=scale, **options)
-            totals, dxs = totals + scale * part.loss, dxs + part.dx
-            continue
-        part = reference(x, target, reduction="none", **options)
-        denominator = 1.0
-        if reduction == "mean":
-            denominator = reference(x, target, reduction="mean", **options).denominator
-        totals = totals + (scale * part.loss).sum() / denominator
-        dxs = dxs + reference(x, target, reduction="none", grad=scale / denominator, **options).dx
-    return totals, dxs
-
-
 MIXES = [Case((6, 5)), Case((6, 40), weight="positive"), Case((5,), ignore="unused"),
          Case((2, 5, 3, 4), smoothing=0.1, weight="positive"),
          Case((6, 5), prior=True, smoothing=0.1, ignore="inside"), Case((3, 70, 5), prior=True)]
@@ -594,6 +605,43 @@ def test_mixup_gradient_of_lam_and_second_order():
     assert torch.autograd.gradgradcheck(function, (x, lam))
 
 
+def test_mixup_is_one_operator():
+    """No operation of the size of the targets beside it, forward or backward."""
+    x, y = torch.randn(64, 40), torch.randint(40, (64,))
+    y[3] = -100
+    other, w = y.flip(0), torch.rand(40)
+    seen = []
+
+    class Spy(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.numel() >= 64:
+                seen.append(str(func))
+            return out
+
+    for lam in (0.3, torch.rand(64)):
+        leaf = x.clone().requires_grad_()
+        seen.clear()
+        with Spy():
+            mixup(leaf, y, other, lam, w).backward()
+        assert [name for name in seen if "backward" in name] == ["wce.backward.default"]
+        # What is left of that size is the check of lam's values, and the leaf's gradient.
+        allowed = ("aten.ge", "aten.le", "aten.bitwise_and", "aten.detach", "wce.")
+        assert all(name.startswith(allowed) for name in seen), seen
+
+
+def test_mixup_compiles_once_for_all_lam():
+    """lam is drawn anew for each batch."""
+    x, y = torch.randn(4, 5), torch.tensor([0, 1, 2, 3])
+    count = CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x, lam: mixup(x, y, y.flip(0), lam), fullgraph=True,
+                             backend=count)
+    for lam in (0.1, 0.2, 0.3, 0.4, 0.5):
+        torch.testing.assert_close(compiled(x, lam), mixup(x, y, y.flip(0), lam))
+    assert count.frame_count <= 2  # for one number, then for any
+
+
 def test_mixup_reads_the_logits_once():
     """Memory: one buffer for the gradient, none for a second graph."""
     x, y = torch.randn(512, 1000), torch.randint(1000, (512,))
@@ -609,8 +657,10 @@ def test_mixup_reads_the_logits_once():
                                         (torch.tensor([0.5, 2.0, 0.1, 0.2]), "2"),
                                         (torch.ones(3), "3"),
                                         (torch.ones(4, dtype=torch.long), "int"),
-                                        ("0.5", "str")],
-                         ids=["above", "below", "nan", "tensor", "shape", "integers", "text"])
+                                        ("0.5", "str"), ([0.5] * 4, "list"),
+                                        (np.full(4, 0.5), "ndarray of shape [4]")],
+                         ids=["above", "below", "nan", "tensor", "shape", "integers", "text",
+                              "list", "array"])
 def test_mixup_bad_lam(lam, words):
     with pytest.raises((ValueError, TypeError), match="lam") as caught:
         mixup(torch.randn(4, 5), torch.tensor([0, 1, 2, 3]), torch.tensor([0, 1, 2, 3]), lam)
@@ -623,7 +673,16 @@ def test_mixup_errors():
         with pytest.raises(IndexError, match=r"Target \d is out of bounds\."):
             mixup(x, a, b, 0.5)
     for a, b in ((y, y[:3]), (y[:3], y)):
-        with pytest.raises((ValueError, RuntimeError)):
+        with pytest.raises(ValueError, match=r"target_b: expected the shape of target_a.*\[3\]"):
+            mixup(x, a, b, 0.5)
+    for name, a, b in (("target_a", y.float(), y), ("target_b", y, y.float()),
+                       ("target_a", y > 1, y), ("target_b", y, x.softmax(1))):
+        with pytest.raises(RuntimeError, match=f"{name}: expected class numbers, got"):
+            mixup(x, a, b, 0.5)
+    with pytest.raises(TypeError, match="'target_b' must be Tensor, not NoneType"):
+        mixup(x, y, None, 0.5)
+    for name, a, b in (("target_a", y.to("meta"), y), ("target_b", y, y.to("meta"))):
+        with pytest.raises(RuntimeError, match=f"{name} .meta. is not on the expected device cpu"):
             mixup(x, a, b, 0.5)
     with pytest.raises(RuntimeError, match="not differentiable with respect to argument 'weight'"):
         mixup(x, y, y, 0.5, torch.rand(5, requires_grad=True))

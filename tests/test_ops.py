@@ -124,6 +124,23 @@ def test_opcheck_backward_with_gradients(case, needs):
     opcheck(ops.backward.default, (grad, x, target, weight, stats, *rest))
 
 
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("shape", [(6, 5), (6, 40), (2, 5, 3)], ids=str)
+def test_opcheck_mixture(shape, reduction):
+    args, keywords = op_arguments(Case(shape, weight="positive", prior=True, reduction=reduction,
+                                       smoothing=0.1), needs_grad=True)
+    x, y, weight, *rest = args
+    y2 = torch.where(y == -100, 1, (y + 1) % shape[1])
+    for mix in (torch.tensor(0.3), torch.rand(y.shape)):
+        mixture = {"target2": y2, "mix": mix}
+        opcheck(ops.cross_entropy.default, args, {**keywords, **mixture})
+        plain = (x.detach(), y, weight, *rest)
+        opcheck(ops.forward.default, plain, {**keywords, **mixture})
+        loss, stats = ops.forward(*plain, **keywords, **mixture)
+        opcheck(ops.backward.default, (torch.ones_like(loss), *plain[:3], stats, *rest),
+                {**keywords, **mixture})
+
+
 def rows_arguments(soft=False, dtype=torch.float32, layout="plain", shape=(3, 7, 4)):
     """Arguments of wce::rows_forward."""
     case = Case(shape, soft=soft, weight="positive", prior=True, mask=True)
@@ -131,8 +148,7 @@ def rows_arguments(soft=False, dtype=torch.float32, layout="plain", shape=(3, 7,
     x = as_layout(x, layout)
     prior = log_prior_of(options["class_prior"], 0.5)
     prior = prior.to(torch.float64 if dtype == torch.float64 else torch.float32)
-    y2 = None if soft else torch.where(target == -100, -100, (target + 1) % shape[1])
-    return [x, None if soft else target, y2, target if soft else None, options["weight"], prior,
+    return [x, None if soft else target, target if soft else None, options["weight"], prior,
             options["mask"], 0.0 if soft else 0.9, 0.1 / shape[1], 1.0 if soft else 0.0, -100,
             False, True]
 
@@ -147,9 +163,9 @@ def test_opcheck_rows(dtype, layout, soft, needs_grad):
     opcheck(ops.rows_forward.default, tuple(args))
     if needs_grad:
         return
-    loss, stats, lse, log_prob, log_prob2, *_ = ops.rows_forward(*args)
-    grads = [torch.randn_like(t) if t.dim() > 1 else None for t in (loss, lse, log_prob, log_prob2)]
-    rest = [*args[1:7], stats, *args[7:12]]
+    loss, stats, lse, log_prob, *_ = ops.rows_forward(*args)
+    grads = [torch.randn_like(t) if t.dim() > 1 else None for t in (loss, lse, log_prob)]
+    rest = [*args[1:6], stats, *args[6:11]]
     opcheck(ops.rows_backward.default, (*grads, args[0], *rest))
 
 

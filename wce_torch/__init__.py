@@ -7,10 +7,11 @@ import torch  # noqa: F401  (loads the libraries that _C needs)
 from . import _C, composite  # noqa: F401  (composite registers operators)
 from ._C import build_info, cpu_isas, get_cpu_isa, set_cpu_isa
 from .functional import Explanation, class_weight_sum, cross_entropy, explain
+from .mixup import mixup_cross_entropy
 from .modules import CrossEntropyLoss
 from .patching import is_patched, patch, patched, unpatch
 from .probabilities import NLLLoss, cross_entropy_from_probs, nll_loss
-from .rows import CrossEntropyStats, cross_entropy_with_stats, mixup_cross_entropy
+from .rows import CrossEntropyStats, cross_entropy_with_stats
 
 __all__ = [
     "CrossEntropyLoss",

@@ -13,12 +13,18 @@ from typing import NamedTuple
 import torch
 
 EMPTY = ("nan", "zero")
+_PRIOR = "counts or probabilities of shape [C], one per class"
 
 
 def describe(value):
     if isinstance(value, torch.Tensor):
         return f"{value.dtype} tensor of shape {list(value.shape)}"
     return f"{type(value).__name__} {value!r}"
+
+
+def describe_type(value):
+    shaped = getattr(value, "shape", None)
+    return type(value).__name__ + (f" of shape {list(shaped)}" if shaped else "")
 
 
 def leave_fused(why):
@@ -29,10 +35,19 @@ def leave_fused(why):
         )
 
 
-def check_tensors(input, target, weight):
-    for value, name in ((input, "input"), (target, "target"), (weight, "weight")):
+def check_tensors(**named):
+    for name, value in named.items():
         if not (isinstance(value, torch.Tensor) or (name == "weight" and value is None)):
             raise TypeError(f"argument '{name}' must be Tensor, not {type(value).__name__}")
+
+
+def check_same_device(expected, **named):
+    for name, value in named.items():
+        if value is not None and value.device != expected:
+            raise RuntimeError(
+                f"Expected all tensors to be on the same device, but {name} ({value.device}) is "
+                f"not on the expected device {expected}"
+            )
 
 
 def reduction_code(reduction, size_average=None, reduce=None):
@@ -56,13 +71,16 @@ def index_number(ignore_index):
     return number
 
 
-def real_number(value, name):
+def real_number(value, name, expected="float"):
     """A float from int, float, numpy number or 0-d tensor."""
     if isinstance(value, (float, int)):
         return value
-    if isinstance(value, (str, bytes)) or not hasattr(value, "__float__"):
-        raise TypeError(f"{name} must be float, not {type(value).__name__}")
-    return float(value)
+    if not isinstance(value, (str, bytes)) and hasattr(value, "__float__"):
+        try:
+            return float(value)
+        except (TypeError, ValueError, RuntimeError):  # several values
+            pass
+    raise TypeError(f"{name} must be {expected}, not {describe_type(value)}")
 
 
 def acc_type(input):
@@ -105,19 +123,22 @@ def log_prior(class_prior, device=None):
     if isinstance(q, LogPrior):
         return q.values
     if not isinstance(q, torch.Tensor):
-        q = torch.as_tensor(q, dtype=torch.float64, device=device)
+        try:
+            q = torch.as_tensor(q, dtype=torch.float64, device=device)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"class_prior: expected {_PRIOR}, got {describe(q)}") from error
     if q.dim() != 1 or q.is_complex() or q.dtype == torch.bool or q.numel() == 0:
-        raise ValueError(
-            "class_prior: expected counts or probabilities of shape [C], one per class, got "
-            + describe(q)
-        )
-    if is_readable(q):
-        _check_prior_values(q.detach())
+        raise ValueError(f"class_prior: expected {_PRIOR}, got {describe(q)}")
     q = q.double() if q.device.type in ("cpu", "cuda") else q.float()
-    return (q / q.sum()).log()
+    total = q.sum()
+    if is_readable(q):
+        _check_prior_values(q, total)
+    return (q / total).log()
 
 
-def _check_prior_values(q):
+def _check_prior_values(q, total):
+    if q.amin().item() >= 0 and 0 < total.item() < math.inf:  # false for nan, too
+        return
     bad = ~(torch.isfinite(q) & (q >= 0))
     if bad.any():
         place = int(bad.nonzero()[0])
@@ -127,6 +148,7 @@ def _check_prior_values(q):
         )
     if not q.any():
         raise ValueError("class_prior: expected a value above 0 for some class, all are 0")
+    raise ValueError(f"class_prior: expected values with a finite sum, got the sum {total.item()}")
 
 
 def scaled_log_prior(class_prior, tau, input):
@@ -138,12 +160,10 @@ def scaled_log_prior(class_prior, tau, input):
             f"class_prior: expected one value per class for logits of shape {list(input.shape)}, "
             f"got shape {list(log_q.shape)}"
         )
-    if log_q.device != input.device:
-        raise RuntimeError(
-            "Expected all tensors to be on the same device, but class_prior "
-            f"({log_q.device}) is not on the expected device {input.device}"
-        )
-    return (log_q * tau).to(acc_type(input)) if tau else None
+    check_same_device(input.device, class_prior=log_q)
+    if not tau:
+        return None
+    return (log_q if tau == 1 else log_q * tau).to(acc_type(input))
 
 
 def per_row(value, name, kind):
@@ -165,29 +185,39 @@ def normalizer_tensor(normalizer, input):
     return torch.full((), float(normalizer), dtype=acc_type(input), device=input.device)
 
 
-def mixing_shares(lam, rows):
-    """(lam, 1 - lam) that broadcast against one value per row."""
+def check_mixed_targets(input, target_a, target_b):
+    """Two tensors of class numbers, of one shape."""
+    named = {"target_a": target_a, "target_b": target_b}
+    check_same_device(input.device, **named)
+    for name, value in named.items():
+        if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+            raise RuntimeError(f"{name}: expected class numbers, got {describe(value)}")
+    if target_b.shape != target_a.shape:
+        raise ValueError(
+            f"target_b: expected the shape of target_a, {list(target_a.shape)}, "
+            f"got {describe(target_b)}"
+        )
+
+
+def mixing_share(lam, input, rows):
+    """lam as a tensor: 0-d, or of the shape ``rows`` of the targets."""
     if not isinstance(lam, torch.Tensor):
-        lam = real_number(lam, "lam")
+        lam = real_number(lam, "lam", "a number or a floating point tensor")
         if not 0 <= lam <= 1:
             raise ValueError(f"lam: expected a number from 0 to 1, got {lam!r}")
-        return lam, 1 - lam
-    per_sample = rows.shape[:1]
-    if lam.dim() == 1 and rows.dim() > 1 and lam.shape == per_sample:
-        lam = lam.reshape([-1] + [1] * (rows.dim() - 1))
-    elif lam.dim() and lam.shape != rows.shape:
+        return torch.full((), lam, dtype=acc_type(input), device=input.device)
+    if lam.dim() and lam.shape not in (rows, rows[:1]):
         raise ValueError(
-            f"lam: expected a number, or a tensor of shape {list(per_sample)} (one value per "
-            f"sample) or {list(rows.shape)} (one per row), got {describe(lam)}"
+            f"lam: expected a number, or a tensor of shape {list(rows[:1])} (one value per "
+            f"sample) or {list(rows)} (one per row), got {describe(lam)}"
         )
     if not lam.is_floating_point():
         raise ValueError(f"lam: expected a floating point tensor, got {describe(lam)}")
-    if lam.device != rows.device and lam.dim():
-        raise RuntimeError(
-            f"Expected all tensors to be on the same device, but lam ({lam.device}) is not on the "
-            f"expected device {rows.device}"
-        )
+    if lam.dim() == 0 and lam.is_cpu:
+        lam = lam.to(input.device, non_blocking=True)
+    check_same_device(input.device, lam=lam)
     if is_readable(lam) and not bool(((lam >= 0) & (lam <= 1)).all()):
         raise ValueError(f"lam: expected values from 0 to 1, got {lam.min()} to {lam.max()}")
-    lam = lam.to(rows.dtype)
-    return lam, 1 - lam
+    if lam.dim() < len(rows) and lam.dim():
+        lam = lam.reshape([-1] + [1] * (len(rows) - 1)).expand(rows)
+    return lam

@@ -37,6 +37,8 @@ def composite(
     empty_zero=False,
     skip_empty=False,
     out_fp32=False,
+    target2=None,
+    mix=None,
 ):
     """The loss; arguments as in the schema of ``wce::cross_entropy``."""
     soft = input.shape == target.shape
@@ -47,20 +49,33 @@ def composite(
         "floor": smoothing / classes if smoothing and classes else 0.0,
         "soft": 1.0 - smoothing if soft else 0.0,
     }
-    index, prob = (None, target) if soft else (target, None)
-    counts = counting_rows(input, index, prob, mask, ignore_index, skip_empty)
-    x = _Shifted(input, log_prior, counts)
-    rows = _row_losses(x, index, prob, weight, **coefficients)
     if not classes and normalizer is None:
-        normalizer = rows.new_zeros(())  # the mean over no classes is nan, as in torch
-    loss = _reduced(rows, counts, index, weight, sample_weight, normalizer, reduction, empty_zero)
+        normalizer = input.new_zeros(())  # the mean over no classes is nan, as in torch
+
+    def part(target, share=None):
+        """The loss of one target, times its share of a mixture."""
+        index, prob = (None, target) if soft else (target, None)
+        counts = _counting_rows(input, index, prob, mask, ignore_index, skip_empty)
+        x = _Shifted(input, log_prior, counts)
+        rows = _row_losses(x, index, prob, weight, **coefficients)
+        if share is not None:
+            share = share if share.dim() == 0 else share.reshape(rows.shape)
+            rows = torch.where(counts, rows * share, 0.0)
+        return _reduced(
+            rows, counts, index, weight, sample_weight, normalizer, reduction, empty_zero
+        )
+
+    if target2 is None:
+        loss = part(target)
+    else:
+        mix = mix.to(torch.float64 if input.dtype == torch.float64 else torch.float32)
+        loss = part(target, mix) + part(target2, 1 - mix)
     return loss.to(result_type(input, target, weight, soft, out_fp32))
 
 
 def rows_composite(
     input,
     target,
-    target2,
     target_prob,
     weight,
     log_prior,
@@ -79,7 +94,7 @@ def rows_composite(
 ):
     """What one pass knows of each row; arguments and results as in ``wce::rows_forward``, but
     ``stats`` is empty."""
-    counts = counting_rows(input, target, target_prob, mask, ignore_index, skip_empty)
+    counts = _counting_rows(input, target, target_prob, mask, ignore_index, skip_empty)
     x = _Shifted(input, log_prior, counts)
     rows = _row_losses(x, target, target_prob, weight, spike, floor, soft)
     index = target if target_prob is None else None
@@ -88,20 +103,18 @@ def rows_composite(
     every = _Shifted(input, log_prior, None)
     lse = every.max + every.log_sum
     nothing = lse.new_empty(0)
-    results = [loss, nothing, lse, nothing, nothing, nothing, nothing.to(torch.bool)]
+    results = [loss, nothing, lse, nothing, nothing, nothing.to(torch.bool)]
     if target is not None:
         results[3] = _log_prob(input, log_prior, target, ignore_index)
         with torch.no_grad():
             y = target.long().reshape(lse.shape)
-            picked = _pick(every.shifted, _class_or_zero(y, ignore_index))
-            results[6] = (picked == 0) & (y != ignore_index)
-    if target2 is not None:
-        results[4] = _log_prob(input, log_prior, target2, ignore_index)
+            picked = _pick(every.x, _class_or_zero(y, ignore_index))
+            results[5] = (picked == every.max) & (y != ignore_index)
     if entropy:
         with torch.no_grad():
             p = (every.shifted - every.log_sum.unsqueeze(every.dim)).exp()
             terms = torch.where(p == 0, 0.0, p * every.shifted)
-            results[5] = every.log_sum - terms.sum(every.dim)
+            results[4] = every.log_sum - terms.sum(every.dim)
     return tuple(results)
 
 
@@ -118,7 +131,7 @@ class _Shifted:
             x = x + _along_classes(log_prior.to(x.dtype), x)
         if counts is not None:
             x = torch.where(counts.unsqueeze(self.dim), x, 0.0)
-        self.counts = counts
+        self.counts, self.x = counts, x
         if x.shape[self.dim] == 0:  # no classes: nothing to add up
             self.max = self.log_sum = x.sum(self.dim)
             self.shifted = x
@@ -135,7 +148,7 @@ def _row_losses(x, target, prob, weight, spike, floor, soft):
     if target is not None and spike:
         y = torch.where(x.counts, target.long().reshape(x.counts.shape), 0)
         a = spike if weight is None else spike * _of_class(weight, y, loss.dtype)
-        loss = loss + minus_product(a, _pick(x.shifted, y)) + a * x.log_sum
+        loss = loss + _minus_product(a, _pick(x.shifted, y)) + a * x.log_sum
     if floor or soft:
         loss = loss + _dense_losses(x, prob, weight, floor, soft)
     return torch.where(x.counts, loss, 0.0)
@@ -147,13 +160,13 @@ def _dense_losses(x, prob, weight, floor, soft):
     if prob is not None and soft:
         q = q + soft * prob.to(q.dtype)
     a = q if weight is None else q * _along_classes(weight.to(q.dtype).reshape(-1), q)
-    terms = minus_product(a, x.shifted)
+    terms = _minus_product(a, x.shifted)
     if prob is not None and prob.requires_grad:
         terms = terms + _slope_at_minus_inf(prob, a, x.shifted)
     return a.sum(x.dim) * x.log_sum + terms.sum(x.dim)
 
 
-def minus_product(a, shifted):
+def _minus_product(a, shifted):
     """-a*(x - m), and 0 where a = 0 and x = -inf."""
     dead = torch.isneginf(shifted)
     if isinstance(a, torch.Tensor):
@@ -180,7 +193,7 @@ def _log_prob(input, log_prior, target, ignore_index):
     return torch.where(x.counts, picked, 0.0)
 
 
-def counting_rows(input, target, prob, mask, ignore_index, skip_empty):
+def _counting_rows(input, target, prob, mask, ignore_index, skip_empty):
     """Which rows enter sum and mean: bool, one per row."""
     counts = torch.ones(_row_shape(input), dtype=torch.bool, device=input.device)
     if target is not None:
@@ -203,14 +216,14 @@ def _reduced(rows, counts, target, weight, sample_weight, normalizer, reduction,
     if reduction == SUM:
         return total
     if normalizer is None:
-        denominator = row_weights(counts, target, weight, sample_weight, rows.dtype).sum()
+        denominator = _row_weights(counts, target, weight, sample_weight, rows.dtype).sum()
     else:
         denominator = normalizer.to(rows.dtype).reshape(())
     mean = total / denominator
     return torch.where(counts.any(), mean, 0.0) if empty_zero else mean
 
 
-def row_weights(counts, target, weight, sample_weight, acc):
+def _row_weights(counts, target, weight, sample_weight, acc):
     """What each row adds to the mean's denominator: s*w_y for an index target, s for a soft one."""
     value = torch.ones((), dtype=acc, device=counts.device)
     if target is not None and weight is not None:

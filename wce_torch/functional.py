@@ -63,7 +63,8 @@ def cross_entropy(
         class_prior: counts or probabilities q of the classes, shape (C): the loss is then that of
             :math:`p_k = q_k^\tau e^{x_k} / \sum_j q_j^\tau e^{x_j}` (logit adjustment, Menon et
             al. 2021; balanced softmax, Ren et al. 2020). Only ratios matter. A class with q = 0
-            never gets probability.
+            never gets probability: an index target on it is an error, a share of it in a soft
+            target or by label smoothing makes the loss infinite.
         tau: strength of the prior, a finite number that is not negative.
         sample_weight: one factor per row, shape of the index target; ``'mean'`` divides by the
             sum of class weight times sample weight (index targets) or of sample weights (soft
@@ -95,11 +96,12 @@ def cross_entropy(
         and size_average is None
         and reduce is None
         and class_prior is None
+        and type(tau) is float
         and tau == 1.0
         and sample_weight is None
         and mask is None
         and normalizer is None
-        and not skip_empty_targets
+        and skip_empty_targets is False
         and empty == "nan"
         and not is_compiling()
         and not has_torch_function_variadic(input, target)
@@ -184,7 +186,11 @@ def operator_options(
 ):
     """The keyword arguments of the operators for those of :func:`cross_entropy`."""
     arguments.check_tau(tau)
-    extra = {"empty_zero": arguments.empty_zero(empty), "skip_empty": bool(skip_empty_targets)}
+    if not isinstance(skip_empty_targets, bool):
+        raise TypeError(
+            "skip_empty_targets: expected a bool, got " + arguments.describe(skip_empty_targets)
+        )
+    extra = {"empty_zero": arguments.empty_zero(empty), "skip_empty": skip_empty_targets}
     if class_prior is not None:
         extra["log_prior"] = arguments.scaled_log_prior(class_prior, tau, input)
     if sample_weight is not None:
@@ -198,13 +204,14 @@ def operator_options(
 
 def _has_options(options):
     return (
-        options["tau"] != 1.0
+        type(options["tau"]) is not float
+        or options["tau"] != 1.0
         or options["empty"] != "nan"
         or any(
             options[name] is not None
             for name in ("class_prior", "sample_weight", "mask", "normalizer")
         )
-        or bool(options["skip_empty_targets"])
+        or options["skip_empty_targets"] is not False
     )
 
 
@@ -285,7 +292,7 @@ def explain(
         "empty": empty,
     }
     arguments.reduction_code(reduction, size_average, reduce)
-    arguments.check_tensors(input, target, weight)
+    arguments.check_tensors(input=input, target=target, weight=weight)
     plain = not _has_options(options)
     extra = {} if plain else operator_options(input, **options)
     why = needs_native(input, target, weight)
@@ -347,10 +354,17 @@ def class_weight_sum(
         TypeError: ``target`` is not a tensor of integers.
         IndexError: (CPU) a target is neither a class of ``weight`` nor ``ignore_index``.
     """
-    if not isinstance(target, torch.Tensor) or target.is_floating_point() or target.is_complex():
+    if (
+        not isinstance(target, torch.Tensor)
+        or target.is_floating_point()
+        or target.is_complex()
+        or target.dtype == torch.bool
+    ):
         raise TypeError(
             "target: expected a tensor of class numbers, got " + arguments.describe(target)
         )
+    arguments.check_tensors(weight=weight)
+    arguments.check_same_device(target.device, weight=weight)
     target = target.long()
     counts = target != arguments.index_number(ignore_index)
     if weight is None:

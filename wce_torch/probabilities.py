@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import arguments
-from .functional import needs_native
+from .functional import are_tensors, needs_native
 
 __all__ = ["NLLLoss", "cross_entropy_from_probs", "nll_loss"]
 
@@ -76,7 +76,7 @@ def nll_loss(
         ValueError: batch sizes differ, or the reduction is unknown.
         RuntimeError: other shapes that do not fit; a weight that requires grad.
     """
-    if needs_native(input, target, weight):
+    if not are_tensors(input, target, weight) or needs_native(input, target, weight):
         return F.nll_loss(input, target, weight, size_average, ignore_index, reduce, reduction)
     reduction = _REDUCTIONS[arguments.reduction_code(reduction, size_average, reduce)]
     if _torch_does_as_well(input, target, weight, reduction) or _torch_raises(input, weight):
@@ -84,6 +84,9 @@ def nll_loss(
     autocast = _autocast(input)
     with _without_autocast(input):
         target = _wide(target)
+        if _is_small(input):
+            loss = _small_nll_loss(input, target, weight, ignore_index, reduction)
+            return _rounded(loss, input.dtype, autocast)
         loss = _pick_negated(input, target, ignore_index).to(_acc(input.dtype))
         row_weight = _row_weight(weight, input, target, ignore_index)
         if row_weight is not None:
@@ -156,6 +159,12 @@ def cross_entropy_from_probs(
     Theory, 2nd ed., section 2.3 (with 0 log 0 = 0, section 2.1).
     """
     reduction = _REDUCTIONS[arguments.reduction_code(reduction)]
+    arguments.check_tensors(probs=probs, target=target, weight=weight)
+    arguments.check_same_device(probs.device, target=target, weight=weight)
+    if not probs.is_floating_point():
+        raise NotImplementedError(
+            f"cross_entropy_from_probs: not implemented for probs of type {probs.dtype}"
+        )
     if probs.shape == target.shape:
         return _soft(probs, target, weight, ignore_index, reduction)
     if _torch_raises(probs, weight):
@@ -190,6 +199,21 @@ def _torch_does_as_well(
     if weight is not None and weight.dtype != input.dtype:
         return False
     return input.is_contiguous() and (reduction == "none" or target.numel() <= _SERIAL)
+
+
+def _is_small(input: Tensor) -> bool:
+    """Whether the input is worth a copy that saves many small operations."""
+    return input.is_cpu and input.numel() <= _SERIAL and not torch.compiler.is_compiling()
+
+
+def _small_nll_loss(
+    input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str
+) -> Tensor:
+    """torch's own loss of a copy in the type of the arithmetic, not rounded yet."""
+    acc = _acc(input.dtype)
+    wide = input.to(acc, memory_format=torch.contiguous_format)
+    wide_weight = None if weight is None else weight.to(acc)
+    return _torch_nll_loss(wide, target, wide_weight, ignore_index, reduction)
 
 
 def _torch_raises(input: Tensor, weight: Tensor | None) -> bool:
@@ -291,10 +315,6 @@ def _soft(
 
 
 def _check_soft(probs: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> None:
-    if not probs.is_floating_point():
-        raise NotImplementedError(
-            f"cross_entropy_from_probs: not implemented for probabilities of {probs.dtype}"
-        )
     if not target.is_floating_point():
         raise RuntimeError(
             f"Expected floating point type for target with class probabilities, got {target.dtype}"

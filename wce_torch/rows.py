@@ -1,8 +1,8 @@
-"""Losses that need more of a row than its loss, all from one pass over the logits.
+"""The loss, and what the same pass over the logits knows of each row.
 
-The operator ``wce::rows_forward`` gives, per row, the loss, the log-sum-exp and the log-probability
-of one or two classes, each differentiable; gradients of all of them reach the logits in one pass.
-What follows it here is of the size of the target.
+The operator ``wce::rows_forward`` gives the loss and, per row, the log-sum-exp and the
+log-probability of the target, each differentiable; gradients of all of them reach the logits in one
+pass.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def cross_entropy_with_stats(
         * ``entropy``: of the row's probabilities, in nats, from 0 to log C; not differentiable.
     """
     code = arguments.reduction_code(reduction, size_average, reduce)
-    arguments.check_tensors(input, target, weight)
+    arguments.check_tensors(input=input, target=target, weight=weight)
     options = operator_options(
         input, class_prior, tau, sample_weight, mask, skip_empty_targets, normalizer, empty
     )
@@ -76,10 +76,9 @@ def cross_entropy_with_stats(
     if not soft:
         check_class_weight(weight)
     classes = _classes(input)
-    loss, _, lse, log_prob, _, entropy, correct = _rows(
+    loss, _, lse, log_prob, entropy, correct = _rows(
         input,
         index,
-        None,
         prob,
         weight,
         options.get("log_prior"),
@@ -101,99 +100,13 @@ def cross_entropy_with_stats(
     return CrossEntropyStats(loss, lse, log_prob, correct, entropy)
 
 
-def mixup_cross_entropy(
-    input: Tensor,
-    target_a: Tensor,
-    target_b: Tensor,
-    lam: float | Tensor,
-    weight: Tensor | None = None,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    label_smoothing: float = 0.0,
-    *,
-    class_prior: Tensor | Sequence[float] | None = None,
-    tau: float = 1.0,
-) -> Tensor:
-    """``lam * ce(input, target_a) + (1 - lam) * ce(input, target_b)``, reading the logits once.
-
-    The loss of MixUp (Zhang et al. 2018) and CutMix (Yun et al. 2019) with two index targets.
-
-    Args:
-        input: logits of shape (C), (N, C) or (N, C, d1, ..., dK).
-        target_a, target_b: class numbers of shape (), (N) or (N, d1, ..., dK).
-        lam: from 0 to 1: a number, or a floating point tensor with one value per sample, (N), or
-            per row, the shape of the targets.
-        weight, ignore_index, reduction, label_smoothing, class_prior, tau: as in
-            :func:`cross_entropy`. ``'mean'`` is the mixture of two means, each with its own
-            denominator: the sum of lam * loss / sum of weights, for each target.
-
-    Returns:
-        The loss, in the logits' type (under autocast float32).
-
-    Raises:
-        ValueError: ``lam`` outside of 0 to 1 (tensors: checked on the CPU), or of another shape.
-        Other errors as in :func:`cross_entropy`.
-    """
-    code = arguments.reduction_code(reduction)
-    arguments.check_tensors(input, target_a, weight)
-    arguments.check_tensors(input, target_b, weight)
-    options = operator_options(input, class_prior, tau, None, None, False, None, "nan")
-    smoothing = _check_smoothing(label_smoothing)
-    ignore_index = arguments.index_number(ignore_index)
-    check_class_weight(weight)
-    counts_a, counts_b = target_a.long() != ignore_index, target_b.long() != ignore_index
-    # A row that counts for b alone has to be looked at as well, so it takes b in both places; what
-    # that gives for a is thrown away below.
-    same_shape = target_a.shape == target_b.shape
-    first = torch.where(counts_a, target_a.long(), target_b.long()) if same_shape else target_a
-    smooth, _, _, log_prob_a, log_prob_b, _, _ = _rows(
-        input,
-        first,
-        target_b,
-        None,
-        weight,
-        options.get("log_prior"),
-        None,
-        0.0,
-        smoothing / _classes(input) if smoothing else 0.0,
-        0.0,
-        ignore_index,
-        False,
-        False,
-    )
-    shares = arguments.mixing_shares(lam, smooth)
-    total = 0.0
-    for share, target, counts, log_prob in (
-        (shares[0], target_a, counts_a, log_prob_a),
-        (shares[1], target_b, counts_b, log_prob_b),
-    ):
-        counts = counts.reshape(smooth.shape)
-        row_weights = composite.row_weights(counts, target, weight, None, smooth.dtype)
-        picked = composite.minus_product((1.0 - smoothing) * row_weights, log_prob)
-        loss = share * torch.where(counts, picked + smooth, 0.0)
-        total = total + _reduced(loss, row_weights, code)
-    return total.to(_result_type(input, target_a, weight, False))
-
-
-# ---- shared ------------------------------------------------------------------------------------
-
-
-def _rows(input, target, target2, target_prob, weight, log_prior, *rest, **keywords):
-    why = needs_native(input, target, target2, target_prob, weight)
-    args = (input, target, target2, target_prob, weight, log_prior, *rest)
+def _rows(input, target, target_prob, weight, log_prior, *rest, **keywords):
+    why = needs_native(input, target, target_prob, weight)
+    args = (input, target, target_prob, weight, log_prior, *rest)
     if why is None:
         return torch.ops.wce.rows_forward(*args, **keywords)
     arguments.leave_fused(why)
     return composite.rows_composite(*args, **keywords)
-
-
-def _reduced(loss, row_weights, reduction):
-    """none, mean or sum of the rows' losses. Sums are taken in float64 where the device has it."""
-    if reduction == composite.NONE:
-        return loss
-    wide = torch.float64 if loss.device.type in ("cpu", "cuda", "meta") else loss.dtype
-    total = loss.sum(dtype=wide)
-    return total / row_weights.sum(dtype=wide) if reduction == composite.MEAN else total
 
 
 def _result_type(input, target, weight, soft):

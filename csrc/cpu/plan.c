@@ -84,7 +84,7 @@ static range task_range(const wce_plan *plan, const wce_problem *p, int64_t task
   return r;
 }
 
-static const wce_sums no_sums = {0, 0, 0, -1};
+static const wce_sums no_sums = {.bad_row = -1};
 
 void wce_cpu_forward(const wce_plan *plan, const wce_problem *p, const wce_row_outputs *out,
                      int64_t task, wce_sums *sums, wce_piece *pieces) {
@@ -110,6 +110,8 @@ wce_sums wce_cpu_finish(const wce_plan *plan, const wce_problem *p, const wce_ro
   for (int64_t t = 0; t < plan->tasks; t++) {
     total.loss += sums[t].loss;
     total.weight += sums[t].weight;
+    total.loss2 += sums[t].loss2;
+    total.weight2 += sums[t].weight2;
     total.count += sums[t].count;
     if (total.bad_row < 0) total.bad_row = sums[t].bad_row;
   }

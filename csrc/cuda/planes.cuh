@@ -235,7 +235,7 @@ struct plane_grads {
       dy[j] = d.dy;
       y[j] = static_cast<int>(d.y);
       zero |= d.zero ? 1u << j : 0u;
-      second |= !d.zero && d.y2 >= 0 && g.grad_log_prob2 ? 1u << j : 0u;
+      second |= !d.zero && d.dy2 != 0 ? 1u << j : 0u;
       if (info.bad && row < worst) worst = row;
     }
   }
@@ -250,11 +250,11 @@ struct plane_grads {
 
   // Rare, so it costs loads instead of registers.
   __device__ __forceinline__ void add_second(const wce_problem &p, const wce_row_grads &g,
-                                             int64_t row, int c, A (&x)[V]) const {
+                                             const plane_unit<T> &u, int c, A (&x)[V]) const {
 #pragma unroll
     for (int j = 0; j < V; ++j)
-      if ((second >> j & 1) && p.target2[row + j] == c)
-        x[j] += value_at<A>(g.grad_log_prob2, row + j);
+      if ((second >> j & 1) && p.target2[u.row + j] == c)
+        x[j] += second_spike(p, g, u.row + j, load_row_info(p, u.row + j, u.x + j));
   }
 };
 
@@ -296,7 +296,7 @@ planes_backward(wce_problem p, wce_row_grads g, int across, const acc<T> *weight
         plane_general<T, BODY>(p, u, c + k, x, a, none);
 #pragma unroll
         for (int j = 0; j < V; ++j) x[j] = d.template at<BODY>(j, c + k, x[j], a[j]);
-        if (d.second) d.add_second(p, g, u.row, c + k, x);
+        if (d.second) d.add_second(p, g, u, c + k, x);
         T *plane = dx + (c + k) * g.dx.stride_class;
         if (vectors) {
           store16_once(plane, pack<T>(x));

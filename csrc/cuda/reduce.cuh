@@ -119,17 +119,20 @@ WCE_DEVICE S merge_lanes(S mine, int lanes, S *shared) {
 constexpr long long no_row = INT64_MAX;
 struct sums {
   double loss, weight;
+  double loss2, weight2;  // of the second half of a mixture
   long long bad;
   int any;  // some row counts
 
   __device__ __forceinline__ void clear() {
-    loss = weight = 0;
+    loss = weight = loss2 = weight2 = 0;
     any = 0;
     bad = no_row;
   }
   __device__ __forceinline__ void add(const sums &b) {
     loss += b.loss;
     weight += b.weight;
+    loss2 += b.loss2;
+    weight2 += b.weight2;
     any |= b.any;
     if (b.bad < bad) bad = b.bad;
   }
@@ -142,6 +145,8 @@ WCE_DEVICE sums sum_block(sums mine, sums *shared) {
     sums b;
     b.loss = __shfl_sync(0xffffffffu, mine.loss, lane ^ step);
     b.weight = __shfl_sync(0xffffffffu, mine.weight, lane ^ step);
+    b.loss2 = __shfl_sync(0xffffffffu, mine.loss2, lane ^ step);
+    b.weight2 = __shfl_sync(0xffffffffu, mine.weight2, lane ^ step);
     b.any = __shfl_sync(0xffffffffu, mine.any, lane ^ step);
     b.bad = __shfl_sync(0xffffffffu, mine.bad, lane ^ step);
     mine.add(b);

@@ -32,10 +32,11 @@ WCE_DEVICE A value_at(const void *values, int64_t index) {
 }
 
 // What the arguments say about one row, apart from its classes. xy: logit of y, prior included.
+// s, s2: its factors in the loss of y and, in a mixture, of y2; sample: the sample weight.
 template <class A>
 struct row_info {
   int64_t y, y2;
-  A xy, xy2, wy, s;
+  A xy, xy2, wy, wy2, s, s2, sample;
   bool has_y, has_y2, counts, bad;
 };
 
@@ -61,8 +62,8 @@ WCE_DEVICE row_info<acc<T>> load_row_info(const wce_problem &p, int64_t row, con
   using A = acc<T>;
   row_info<A> r;
   r.y = r.y2 = -1;
-  r.xy = r.xy2 = 0;
-  r.wy = r.s = 1;
+  r.xy = r.xy2 = r.s2 = 0;
+  r.wy = r.wy2 = r.s = r.sample = 1;
   r.bad = false;
   r.counts = true;
   const int64_t step = p.logits.stride_class;
@@ -77,9 +78,18 @@ WCE_DEVICE row_info<acc<T>> load_row_info(const wce_problem &p, int64_t row, con
     r.xy = widen(x[r.y * step]) + (p.prior ? value_at<A>(p.prior, r.y) : A(0));
     if (p.weight && index_target) r.wy = value_at<A>(p.weight, r.y);
   }
-  if (r.has_y2) r.xy2 = widen(x[r.y2 * step]) + (p.prior ? value_at<A>(p.prior, r.y2) : A(0));
+  if (r.has_y2) {
+    r.xy2 = widen(x[r.y2 * step]) + (p.prior ? value_at<A>(p.prior, r.y2) : A(0));
+    if (p.weight) r.wy2 = value_at<A>(p.weight, r.y2);
+  }
   if (p.mask && !p.mask[row]) r.counts = false;
-  if (p.sample_weight) r.s = value_at<A>(p.sample_weight, row);
+  if (p.sample_weight) r.sample = value_at<A>(p.sample_weight, row);
+  r.s = r.sample;
+  if (p.target2) {  // a half whose target is ignored has no part
+    const A mix = value_at<A>(p.mix, row * p.mix_stride);
+    r.s = r.has_y ? r.sample * mix : A(0);
+    r.s2 = r.has_y2 ? r.sample * (1 - mix) : A(0);
+  }
   return r;
 }
 
@@ -129,14 +139,19 @@ WCE_DEVICE void finish_row(const wce_problem &p, const wce_row_outputs &out, int
   const A m = st.m, l = log_sum_of(st.m, st.s);
   A loss = 0;
   if (counts(p, r, st)) {
-    const A spike_w = r.has_y ? static_cast<A>(p.spike) * r.wy : A(0);
-    if (p.classes > 0) {
-      loss = BODY == FAST ? row_loss(m, l, r.xy, spike_w, A(0), A(0))
-                          : row_loss(m, l, r.xy, spike_w, st.a, st.ax);
-      loss *= r.s;
+    const A a = BODY == FAST ? A(0) : st.a, ax = BODY == FAST ? A(0) : st.ax;
+    const A spike = static_cast<A>(p.spike);
+    if (!p.target2 || r.has_y) {
+      if (p.classes > 0) loss = r.s * row_loss(m, l, r.xy, r.has_y ? spike * r.wy : A(0), a, ax);
+      total.loss += static_cast<double>(loss);
+      total.weight += static_cast<double>(r.sample) * static_cast<double>(r.wy);
     }
-    total.loss += static_cast<double>(loss);
-    total.weight += static_cast<double>(r.s) * static_cast<double>(r.wy);
+    if (r.has_y2) {
+      const A loss2 = r.s2 * row_loss(m, l, r.xy2, spike * r.wy2, a, ax);
+      total.loss2 += static_cast<double>(loss2);
+      total.weight2 += static_cast<double>(r.sample) * static_cast<double>(r.wy2);
+      loss += loss2;
+    }
     total.any = 1;
   }
   if (out.max) static_cast<A *>(out.max)[row] = m;
@@ -144,7 +159,6 @@ WCE_DEVICE void finish_row(const wce_problem &p, const wce_row_outputs &out, int
   if (out.loss) store_as(out.loss_dtype, out.loss, row, loss);
   if (out.lse) static_cast<A *>(out.lse)[row] = m + l;
   if (out.log_prob) static_cast<A *>(out.log_prob)[row] = r.has_y ? (r.xy - m) - l : A(0);
-  if (out.log_prob2) static_cast<A *>(out.log_prob2)[row] = r.has_y2 ? (r.xy2 - m) - l : A(0);
   if (BODY == ENTROPY && out.entropy) static_cast<A *>(out.entropy)[row] = l - st.ex / st.s;
   const bool with_nan = !(st.s == st.s) && m < infinity<A>();  // whose maximum is nan, not m
   if (out.correct) out.correct[row] = r.has_y && r.xy == m && !with_nan;
@@ -154,17 +168,22 @@ WCE_DEVICE void finish_row(const wce_problem &p, const wce_row_outputs &out, int
 // What the sums become. One thread.
 template <class A>
 WCE_DEVICE void finish_total(const wce_cuda_total &t, const sums &all) {
-  double denominator = 1, loss = all.loss;
+  double denominator = 1, denominator2 = 1, loss = all.loss + all.loss2;
   if (t.reduction == WCE_MEAN) {
     denominator = t.normalizer ? static_cast<double>(value_at<A>(t.normalizer, 0)) : all.weight;
-    loss /= denominator;
+    loss = all.loss / denominator;
+    if (t.denominator2) {
+      denominator2 = all.weight2;
+      loss += all.loss2 / denominator2;
+    }
     if (t.empty_zero && !all.any) {
       loss = 0;
-      denominator = 1;
+      denominator = denominator2 = 1;
     }
   }
   if (t.loss && t.reduction != WCE_NONE) store_as(t.loss_dtype, t.loss, 0, loss);
   if (t.denominator) *static_cast<A *>(t.denominator) = static_cast<A>(denominator);
+  if (t.denominator2) *static_cast<A *>(t.denominator2) = static_cast<A>(denominator2);
 }
 
 // The end of every forward kernel: one partial per block in a fixed place, or, where one block did
@@ -190,31 +209,46 @@ struct row_grad {
   bool zero;  // the whole row is exactly 0, whatever its logits hold
 };
 
+// Upstream gradient of one row's loss: of the half of y, or of that of y2.
+template <class A>
+WCE_DEVICE A upstream(const wce_row_grads &g, int64_t row, A factor, const void *denominator) {
+  if (!g.grad) return A(0);
+  A value = load_as<A>(g.grad_dtype, g.grad, g.grad_stride ? row : 0);
+  if (denominator) value /= value_at<A>(denominator, 0);
+  return value * factor;
+}
+
+// What the class y2 adds to its gradient.
+template <class A>
+WCE_DEVICE A second_spike(const wce_problem &p, const wce_row_grads &g, int64_t row,
+                          const row_info<A> &r) {
+  return -upstream(g, row, r.s2, g.denominator2) * (static_cast<A>(p.spike) * r.wy2);
+}
+
 // a: sum of a_c without the spike. row_counts: see counts().
 template <class A>
 WCE_DEVICE row_grad<A> grad_of_row(const wce_problem &p, const wce_row_grads &g, int64_t row,
                                    const row_info<A> &r, bool row_counts, A m, A l, A a) {
   row_grad<A> d;
-  A gs = 0, h = 0, u = 0, u2 = 0;
-  if (row_counts && g.grad) {
-    gs = load_as<A>(g.grad_dtype, g.grad, g.grad_stride ? row : 0);
-    if (g.denominator) gs /= value_at<A>(g.denominator, 0);
-    gs *= r.s;
+  A gs = 0, gs2 = 0, h = 0, u = 0;
+  if (row_counts) {
+    if (!p.target2 || r.has_y) gs = upstream(g, row, r.s, g.denominator);
+    if (r.has_y2) gs2 = upstream(g, row, r.s2, g.denominator2);
   }
   if (!r.bad) {
     if (g.grad_lse) h = value_at<A>(g.grad_lse, row);
     if (g.grad_log_prob && r.has_y) u = value_at<A>(g.grad_log_prob, row);
-    if (g.grad_log_prob2 && r.has_y2) u2 = value_at<A>(g.grad_log_prob2, row);
   }
   const A spike_w = r.has_y ? static_cast<A>(p.spike) * r.wy : A(0);
+  const A spike_w2 = static_cast<A>(p.spike) * r.wy2;
   d.m = m;
-  d.ke = (gs * (a + spike_w) + h - u - u2) * exp_of(-l);  // e^-l = 1/s: no over- or underflow
-  d.ka = gs;
+  d.ke = (gs * (a + spike_w) + gs2 * (a + spike_w2) + h - u) * exp_of(-l);  // e^-l = 1/s
+  d.ka = gs + gs2;
   d.dy = u - gs * spike_w;
-  d.dy2 = u2;
+  d.dy2 = -gs2 * spike_w2;
   d.y = r.y;
   d.y2 = r.y2;
-  d.zero = r.bad || (!row_counts && h == 0 && u == 0 && u2 == 0);
+  d.zero = r.bad || (!row_counts && h == 0 && u == 0);
   return d;
 }
 

@@ -37,6 +37,7 @@ typedef struct {
   void *loss;             /* one value of type loss_dtype; not used by WCE_NONE                   */
   wce_dtype loss_dtype;
   void *denominator;      /* acc, one value: what the sum was divided by (1 for sum and none)     */
+  void *denominator2;     /* the same for the second half of a mixture; NULL: no mixture          */
 } wce_cuda_total;
 
 typedef struct {

@@ -79,11 +79,11 @@ bool above(const Tensor &tensor, at::ScalarType logits) {
 Route route_loss(const LossArgs &a) {
   if (!is_dense(a.input) || !is_dense(a.target) || !is_dense(a.weight))
     return {Path::native, "a tensor is sparse or nested"};
-  if (any_tangent(a.input, a.target, a.weight, a.log_prior, a.sample_weight, a.normalizer))
+  if (any_tangent(a.input, a.target, a.weight, a.log_prior, a.sample_weight, a.normalizer, a.mix))
     return {Path::composite, "forward-mode AD: a tensor has a tangent"};
   const Route device = device_route(a.input);
   if (device.path != Path::fused) return device;
-  if (any_needs_grad(a.target, a.weight, a.log_prior, a.sample_weight, a.normalizer))
+  if (any_needs_grad(a.target, a.weight, a.log_prior, a.sample_weight, a.normalizer, a.mix))
     return {Path::composite, "a gradient is wanted for another tensor than the logits"};
   if (a.target.is_floating_point() || a.target.is_complex()) {
     if (a.weight && a.weight->is_complex()) return {Path::native, "the weight is complex"};
@@ -114,7 +114,7 @@ namespace {
 
 bool is_plain(const LossArgs &a, bool empty_zero) {
   return !a.log_prior && !a.sample_weight && !a.mask && !a.normalizer && !empty_zero &&
-         !a.skip_empty;
+         !a.skip_empty && !a.target2;
 }
 
 // Native takes the weight of an index target as a constant and says so.
@@ -126,23 +126,25 @@ void check_weight_grad(const LossArgs &a) {
 
 Tensor leave_to_composite(WCE_LOSS_PARAMS(SymInt), const char *why) {
   const LossArgs args{input,     target,        weight, reduction,  label_smoothing,
-                      log_prior, sample_weight, mask,   normalizer, skip_empty};
+                      log_prior, sample_weight, mask,   normalizer, skip_empty, target2, mix};
   leave_fused(why);
   check_loss(args, ignore_index);
   const bool readable = target.is_cpu() && !target.key_set().has(c10::DispatchKey::Python) &&
                         !ignore_index.is_symbolic();
-  if (readable && !is_soft(input, target))
+  if (readable && !is_soft(input, target)) {
     check_target_values(input, target, ignore_index.expect_int(), log_prior);
+    if (target2) check_target_values(input, *target2, ignore_index.expect_int(), log_prior);
+  }
   return composite(WCE_LOSS_ARGS);
 }
 
 Tensor leave_to_native(WCE_LOSS_PARAMS(SymInt), const char *why) {
   const LossArgs args{input,     target,        weight, reduction,  label_smoothing,
-                      log_prior, sample_weight, mask,   normalizer, skip_empty};
+                      log_prior, sample_weight, mask,   normalizer, skip_empty, target2, mix};
   leave_fused(why);
   TORCH_CHECK(is_plain(args, empty_zero), "wce_torch: ", why,
-              "; class_prior, sample_weight, mask, normalizer, empty and skip_empty_targets are "
-              "not available there");
+              "; class_prior, sample_weight, mask, normalizer, empty, skip_empty_targets and "
+              "mixtures are not available there");
   (void)out_fp32;
   return at::cross_entropy_loss_symint(input, target, weight, reduction, ignore_index,
                                        label_smoothing);
@@ -156,7 +158,7 @@ Tensor leave_to_native(WCE_LOSS_PARAMS(SymInt), const char *why) {
 // logits, which are the one differentiable tensor, and all the others as this.
 struct LossCall {
   const Tensor &target;
-  const OptTensor &weight, &log_prior, &sample_weight, &mask, &normalizer;
+  const OptTensor &weight, &log_prior, &sample_weight, &mask, &normalizer, &target2, &mix;
   const SymInt &ignore_index;
   int64_t reduction;
   double label_smoothing;
@@ -173,7 +175,8 @@ public:
     auto [loss, stats] =
         wce::forward(input, call.target, call.weight, call.reduction, call.ignore_index,
                      call.label_smoothing, call.log_prior, call.sample_weight, call.mask,
-                     call.normalizer, call.empty_zero, call.skip_empty, call.out_fp32);
+                     call.normalizer, call.empty_zero, call.skip_empty, call.out_fp32, call.target2,
+                     call.mix);
     save(ctx, input, call, stats);
     return loss;
   }
@@ -188,7 +191,8 @@ public:
     const Options options = load(ctx);
     result[0] = wce::backward(grads[0], saved[0], saved[1], optional(3), saved[2],
                               options.reduction, options.ignore_index, options.label_smoothing,
-                              optional(4), optional(5), optional(6), options.skip_empty);
+                              optional(4), optional(5), optional(6), options.skip_empty,
+                              optional(7), optional(8));
     return result;
   }
 
@@ -204,9 +208,10 @@ private:
   static void save(AutogradContext *ctx, const Tensor &input, const LossCall &call,
                    const Tensor &stats) {
     const auto value = [](const OptTensor &tensor) { return tensor ? *tensor : Tensor(); };
-    if (call.log_prior || call.sample_weight || call.mask)
+    if (call.log_prior || call.sample_weight || call.mask || call.target2)
       ctx->save_for_backward({input, call.target, stats, value(call.weight), value(call.log_prior),
-                              value(call.sample_weight), value(call.mask)});
+                              value(call.sample_weight), value(call.mask), value(call.target2),
+                              value(call.mix)});
     else if (call.weight)
       ctx->save_for_backward({input, call.target, stats, *call.weight});
     else
@@ -237,14 +242,15 @@ namespace {
 // Autograd, and CompositeExplicitAutograd (inference mode), where nothing needs a gradient.
 Tensor cross_entropy_any(WCE_LOSS_PARAMS(SymInt)) {
   const LossArgs args{input,     target,        weight, reduction,  label_smoothing,
-                      log_prior, sample_weight, mask,   normalizer, skip_empty};
+                      log_prior, sample_weight, mask,   normalizer, skip_empty, target2, mix};
   if (weight) check_weight_grad(args);
   const Route route = route_loss(args);
   if (route.path == Path::composite) return leave_to_composite(WCE_LOSS_ARGS, route.why);
   if (route.path == Path::native) return leave_to_native(WCE_LOSS_ARGS, route.why);
   if (any_needs_grad(input)) {
-    const LossCall call{target,     weight,       log_prior, sample_weight,   mask,
-                        normalizer, ignore_index, reduction, label_smoothing, empty_zero,
+    const LossCall call{target,     weight,   log_prior, sample_weight,
+                        mask,       normalizer, target2, mix,
+                        ignore_index, reduction, label_smoothing, empty_zero,
                         skip_empty, out_fp32};
     return CrossEntropy::apply(input, call);
   }
@@ -263,22 +269,23 @@ Tensor differentiable_grad(const variable_list &outputs, const Tensor &x,
 }
 
 // With gradients of gradients wanted the composite is differentiated, to any order. The mean's
-// denominator is what forward found.
+// denominator is what forward found; those of a mixture, which is never given one, are found again.
 Tensor backward_composite(WCE_BACKWARD_PARAMS(SymInt)) {
   leave_fused("a gradient of the gradient (or a batch of gradients) is wanted");
   at::AutoGradMode enable(true);
   const Tensor x = input.requires_grad() ? input : input.detach().requires_grad_(true);
-  const OptTensor normalizer = reduction == WCE_MEAN ? OptTensor(stats.select(0, 0)) : OptTensor();
+  const bool found = reduction == WCE_MEAN && !target2;
+  const OptTensor normalizer = found ? OptTensor(stats.select(0, 0)) : OptTensor();
   const bool out_fp32 = grad.scalar_type() == at::kFloat && input.scalar_type() != at::kDouble;
   const Tensor loss =
       composite(x, target, weight, reduction, ignore_index, label_smoothing, log_prior,
-                sample_weight, mask, normalizer, false, skip_empty, out_fp32);
+                sample_weight, mask, normalizer, false, skip_empty, out_fp32, target2, mix);
   return differentiable_grad({loss}, x, {grad.to(loss.scalar_type())});
 }
 
 Tensor backward_autograd(WCE_BACKWARD_PARAMS(SymInt)) {
-  if (any_needs_grad(grad, input, target, weight, log_prior, sample_weight) ||
-      any_tangent(grad, input, target, weight, log_prior, sample_weight))
+  if (any_needs_grad(grad, input, target, weight, log_prior, sample_weight, mix) ||
+      any_tangent(grad, input, target, weight, log_prior, sample_weight, mix))
     return backward_composite(WCE_BACKWARD_ARGS);
   at::AutoDispatchBelowAutograd below;
   return backward(WCE_BACKWARD_ARGS);
@@ -289,8 +296,7 @@ Tensor backward_autograd(WCE_BACKWARD_PARAMS(SymInt)) {
 // ---- rows --------------------------------------------------------------------------------------
 
 struct RowsCall {
-  const OptTensor &target, &target2, &target_prob, &weight, &log_prior, &mask, &sample_weight,
-      &normalizer;
+  const OptTensor &target, &target_prob, &weight, &log_prior, &mask, &sample_weight, &normalizer;
   double spike, floor, soft;
   const SymInt &ignore_index;
   int64_t reduction;
@@ -303,13 +309,13 @@ public:
 
   static variable_list forward(AutogradContext *ctx, const Tensor &input, const RowsCall &call) {
     at::AutoDispatchBelowAutograd below;
-    auto [loss, stats, lse, log_prob, log_prob2, entropy, correct] = wce::rows_forward(
-        input, call.target, call.target2, call.target_prob, call.weight, call.log_prior, call.mask,
-        call.spike, call.floor, call.soft, call.ignore_index, call.skip_empty, call.entropy,
+    auto [loss, stats, lse, log_prob, entropy, correct] = wce::rows_forward(
+        input, call.target, call.target_prob, call.weight, call.log_prior, call.mask, call.spike,
+        call.floor, call.soft, call.ignore_index, call.skip_empty, call.entropy,
         call.sample_weight, call.normalizer, call.reduction, call.empty_zero);
     const auto value = [](const OptTensor &tensor) { return tensor ? *tensor : Tensor(); };
-    ctx->save_for_backward({input, value(call.target), value(call.target2), value(call.target_prob),
-                            value(call.weight), value(call.log_prior), value(call.mask), stats,
+    ctx->save_for_backward({input, value(call.target), value(call.target_prob), value(call.weight),
+                            value(call.log_prior), value(call.mask), stats,
                             value(call.sample_weight)});
     ctx->saved_data["reduction"] = call.reduction;
     ctx->saved_data["spike"] = call.spike;
@@ -319,7 +325,7 @@ public:
     ctx->saved_data["skip_empty"] = call.skip_empty;
     ctx->mark_non_differentiable({stats, entropy, correct});
     ctx->set_materialize_grads(false);
-    return {loss, stats, lse, log_prob, log_prob2, entropy, correct};
+    return {loss, stats, lse, log_prob, entropy, correct};
   }
 
   static variable_list backward(AutogradContext *ctx, const variable_list &grads) {
@@ -327,18 +333,15 @@ public:
     const auto optional = [](const Tensor &tensor) {
       return tensor.defined() ? OptTensor(tensor) : OptTensor();
     };
-    // An output that was not asked for has shape (0), and so has its gradient.
-    const auto asked = [&](const Tensor &grad, const Tensor &target) {
-      return target.defined() ? optional(grad) : OptTensor();
-    };
     auto &data = ctx->saved_data;
     variable_list result(2);
     result[0] = wce::rows_backward(
-        optional(grads[0]), optional(grads[2]), asked(grads[3], saved[1]),
-        asked(grads[4], saved[2]), saved[0], optional(saved[1]), optional(saved[2]),
-        optional(saved[3]), optional(saved[4]), optional(saved[5]), optional(saved[6]), saved[7],
-        data["spike"].toDouble(), data["floor"].toDouble(), data["soft"].toDouble(),
-        data["ignore_index"].toSymInt(), data["skip_empty"].toBool(), optional(saved[8]),
+        optional(grads[0]), optional(grads[2]),
+        saved[1].defined() ? optional(grads[3]) : OptTensor(), // else of shape (0), as log_prob
+        saved[0], optional(saved[1]), optional(saved[2]), optional(saved[3]), optional(saved[4]),
+        optional(saved[5]), saved[6], data["spike"].toDouble(), data["floor"].toDouble(),
+        data["soft"].toDouble(), data["ignore_index"].toSymInt(), data["skip_empty"].toBool(),
+        optional(saved[7]),
         data["reduction"].toInt());
     return result;
   }
@@ -347,9 +350,8 @@ public:
 namespace {
 
 RowsResult rows_autograd(WCE_ROWS_PARAMS(SymInt)) {
-  const RowsArgs args{input,     target, target2,       target_prob, weight,
-                      log_prior, mask,   sample_weight, normalizer,  reduction,
-                      spike,     floor,  soft,          skip_empty};
+  const RowsArgs args{input, target, target_prob, weight, log_prior, mask, sample_weight,
+                      normalizer, reduction, spike, floor, soft, skip_empty};
   const Route route = route_rows(args);
   if (route.path != Path::fused) {
     leave_fused(route.why);
@@ -357,11 +359,11 @@ RowsResult rows_autograd(WCE_ROWS_PARAMS(SymInt)) {
     return rows_composite(WCE_ROWS_ARGS);
   }
   if (any_needs_grad(input)) {
-    const RowsCall call{target,        target2,    target_prob, weight,    log_prior, mask,
-                        sample_weight, normalizer, spike,       floor,     soft,      ignore_index,
-                        reduction,     skip_empty, entropy,     empty_zero};
+    const RowsCall call{target,     target_prob, weight, log_prior, mask,         sample_weight,
+                        normalizer, spike,       floor,  soft,      ignore_index, reduction,
+                        skip_empty, entropy,     empty_zero};
     const variable_list out = RowStatistics::apply(input, call);
-    return {out[0], out[1], out[2], out[3], out[4], out[5], out[6]};
+    return {out[0], out[1], out[2], out[3], out[4], out[5]};
   }
   at::AutoDispatchBelowAutograd below;
   return rows_forward(WCE_ROWS_ARGS);
@@ -372,8 +374,8 @@ Tensor rows_backward_composite(WCE_ROWS_BACKWARD_PARAMS(SymInt)) {
   at::AutoGradMode enable(true);
   const OptTensor normalizer = reduction == WCE_MEAN ? OptTensor(stats.select(0, 0)) : OptTensor();
   const Tensor x = input.requires_grad() ? input : input.detach().requires_grad_(true);
-  const auto [loss, unused, lse, log_prob, log_prob2, entropy, correct] =
-      rows_composite(x, target, target2, target_prob, weight, log_prior, mask, spike, floor, soft,
+  const auto [loss, unused, lse, log_prob, entropy, correct] =
+      rows_composite(x, target, target_prob, weight, log_prior, mask, spike, floor, soft,
                      ignore_index, skip_empty, false, sample_weight, normalizer, reduction, false);
   variable_list outputs, grads;
   const auto add = [&](const Tensor &output, const OptTensor &grad) {
@@ -384,16 +386,15 @@ Tensor rows_backward_composite(WCE_ROWS_BACKWARD_PARAMS(SymInt)) {
   add(loss, grad_loss);
   add(lse, grad_lse);
   add(log_prob, grad_log_prob);
-  add(log_prob2, grad_log_prob2);
   if (outputs.empty()) return at::zeros_like(input);
   return differentiable_grad(outputs, x, grads);
 }
 
 Tensor rows_backward_autograd(WCE_ROWS_BACKWARD_PARAMS(SymInt)) {
-  if (any_needs_grad(grad_loss, grad_lse, grad_log_prob, grad_log_prob2, input, target_prob, weight,
-                     log_prior) ||
-      any_tangent(grad_loss, grad_lse, grad_log_prob, grad_log_prob2, input, target_prob, weight,
-                  log_prior))
+  if (any_needs_grad(grad_loss, grad_lse, grad_log_prob, input, target_prob, weight, log_prior,
+                     sample_weight) ||
+      any_tangent(grad_loss, grad_lse, grad_log_prob, input, target_prob, weight, log_prior,
+                  sample_weight))
     return rows_backward_composite(WCE_ROWS_BACKWARD_ARGS);
   at::AutoDispatchBelowAutograd below;
   return rows_backward(WCE_ROWS_BACKWARD_ARGS);
@@ -411,16 +412,15 @@ template <c10::DispatchKey key> Tensor cross_entropy_autocast(WCE_LOSS_PARAMS(Sy
 
 Tensor cross_entropy_functorch(WCE_LOSS_PARAMS(SymInt)) {
   const LossArgs args{input,     target,        weight, reduction,  label_smoothing,
-                      log_prior, sample_weight, mask,   normalizer, skip_empty};
+                      log_prior, sample_weight, mask,   normalizer, skip_empty, target2, mix};
   leave_fused("a transform of torch.func is active");
   check_loss(args, ignore_index);
   return composite(WCE_LOSS_ARGS);
 }
 
 RowsResult rows_functorch(WCE_ROWS_PARAMS(SymInt)) {
-  const RowsArgs args{input,     target, target2,       target_prob, weight,
-                      log_prior, mask,   sample_weight, normalizer,  reduction,
-                      spike,     floor,  soft,          skip_empty};
+  const RowsArgs args{input, target, target_prob, weight, log_prior, mask, sample_weight,
+                      normalizer, reduction, spike, floor, soft, skip_empty};
   leave_fused("a transform of torch.func is active");
   check_rows(args);
   return rows_composite(WCE_ROWS_ARGS);
@@ -429,7 +429,7 @@ RowsResult rows_functorch(WCE_ROWS_PARAMS(SymInt)) {
 // TorchScript and the ONNX exporter on top of it know native's operators only.
 Tensor cross_entropy_tracer(WCE_LOSS_PARAMS(SymInt)) {
   const LossArgs args{input,     target,        weight, reduction,  label_smoothing,
-                      log_prior, sample_weight, mask,   normalizer, skip_empty};
+                      log_prior, sample_weight, mask,   normalizer, skip_empty, target2, mix};
   constexpr const char *why = "TorchScript is tracing";
   if (is_plain(args, empty_zero) && !out_fp32) return leave_to_native(WCE_LOSS_ARGS, why);
   leave_fused(why);

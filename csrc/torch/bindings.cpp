@@ -56,7 +56,7 @@ at::Tensor cross_entropy_entry(const at::Tensor &input, const at::Tensor &target
   const double smoothing = to_label_smoothing(label_smoothing);
   py::gil_scoped_release release;
   return cross_entropy(input, target, weight, reduction, std::move(ignored), smoothing, no_tensor,
-                       no_tensor, no_tensor, no_tensor, false, false, false);
+                       no_tensor, no_tensor, no_tensor, false, false, false, no_tensor, no_tensor);
 }
 
 // ("fused" | "composite" | "native", why) for tensors outside of transforms and traces.
@@ -65,7 +65,8 @@ std::pair<std::string, std::string> route_entry(const at::Tensor &input, const a
                                                 const OptTensor &sample_weight,
                                                 const OptTensor &normalizer) {
   const LossArgs args{input,     target,        weight,    WCE_MEAN,  0.0,
-                      log_prior, sample_weight, no_tensor, normalizer};
+                      log_prior, sample_weight, no_tensor, normalizer, false,
+                      no_tensor, no_tensor};
   const Route route = route_loss(args);
   static const char *const names[] = {"fused", "composite", "native"};
   return {names[static_cast<int>(route.path)], route.why == nullptr ? "" : route.why};

@@ -203,6 +203,21 @@ template <class Args> void check_extras(const Args &args) {
   if (args.normalizer) check_normalizer(args.input, *args.normalizer);
 }
 
+// A mixture of two index targets.
+void check_mixture(const LossArgs &args) {
+  if (!args.target2 && !args.mix) return;
+  const at::Tensor &input = args.input;
+  TORCH_CHECK(args.target2 && args.mix, "target2 and mix: expected both or none of them");
+  TORCH_CHECK(!is_soft(input, args.target) && !args.normalizer,
+              "target2: expected with class numbers as the target and without a normalizer");
+  check_index_target(input, *args.target2);
+  check_device(input, *args.target2, "target2");
+  check_device(input, *args.mix, "mix");
+  TORCH_CHECK(at::isFloatingType(args.mix->scalar_type()), "mix: expected floating point, got ",
+              c10::toString(args.mix->scalar_type()));
+  if (args.mix->dim() > 0) check_per_row(input, *args.mix, "mix", "floating point", true);
+}
+
 void check_reduction(int64_t reduction) {
   TORCH_CHECK(reduction >= 0 && reduction <= 2,
               "Invalid reduction type encountered in cross_entropy: ", reduction);
@@ -236,13 +251,14 @@ void check_row_grad(const at::Tensor &input, const OptTensor &grad, const char *
 
 } // namespace
 
-bool saves_stats(const SymInt &classes) {
+SymInt stats_size(const at::Tensor &input, bool is_mixture) {
   static const int64_t widest_without = [] { // a symbol is compared, never turned into a number
     int64_t width = 0;
     while (!wce_saves_stats(width + 1)) width++;
     return width;
   }();
-  return classes > widest_without;
+  const SymInt saved = classes_of(input) > widest_without ? count_rows(input) * 2 : SymInt(0);
+  return saved + (is_mixture ? 2 : 1);
 }
 
 bool is_soft(const at::Tensor &input, const at::Tensor &target) {
@@ -258,6 +274,7 @@ void check_loss(const LossArgs &args, const SymInt &ignore_index) {
   check_device(args.input, args.target, "target");
   if (args.weight) check_device(args.input, *args.weight, "weight");
   check_extras(args);
+  check_mixture(args);
 }
 
 void check_backward(const LossArgs &args, const SymInt &ignore_index, const at::Tensor &grad,
@@ -265,8 +282,7 @@ void check_backward(const LossArgs &args, const SymInt &ignore_index, const at::
   check_loss(args, ignore_index);
   const at::Tensor &input = args.input;
   check_loss_grad(input, grad, args.reduction, "grad");
-  const bool saved = saves_stats(classes_of(input));
-  check_stats(stats, input, saved ? count_rows(input) * 2 + 1 : SymInt(1));
+  check_stats(stats, input, stats_size(input, args.target2.has_value()));
 }
 
 void check_rows(const RowsArgs &args) {
@@ -281,26 +297,21 @@ void check_rows(const RowsArgs &args) {
   }
   check_logits(input);
   if (args.target) check_index_target(input, *args.target);
-  if (args.target2) check_index_target(input, *args.target2);
   if (args.weight && !args.target_prob) check_index_weight(input, *args.weight);
   if (args.target) check_device(input, *args.target, "target");
-  if (args.target2) check_device(input, *args.target2, "target2");
   if (args.target_prob) check_device(input, *args.target_prob, "target_prob");
   if (args.weight) check_device(input, *args.weight, "weight");
   check_extras(args);
 }
 
 void check_rows_backward(const RowsArgs &args, const at::Tensor &stats, const OptTensor &grad_loss,
-                         const OptTensor &grad_lse, const OptTensor &grad_log_prob,
-                         const OptTensor &grad_log_prob2) {
+                         const OptTensor &grad_lse, const OptTensor &grad_log_prob) {
   check_rows(args);
-  check_stats(stats, args.input, count_rows(args.input) * 2 + 1);
+  check_stats(stats, args.input, stats_size(args.input, false));
   if (grad_loss) check_loss_grad(args.input, *grad_loss, args.reduction, "grad_loss");
   check_row_grad(args.input, grad_lse, "grad_lse");
   check_row_grad(args.input, grad_log_prob, "grad_log_prob");
-  check_row_grad(args.input, grad_log_prob2, "grad_log_prob2");
   TORCH_CHECK(!grad_log_prob || args.target, "grad_log_prob: given without a target");
-  TORCH_CHECK(!grad_log_prob2 || args.target2, "grad_log_prob2: given without a target2");
 }
 
 // ---- values of targets -------------------------------------------------------------------------

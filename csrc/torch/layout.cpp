@@ -194,6 +194,11 @@ Problem::Problem(const LossArgs &args, int64_t ignore_index) {
     c.target = index_target(args.target, target_);
     c.spike = 1 - smoothing;
   }
+  if (args.target2) {
+    c.target2 = index_target(*args.target2, target2_);
+    c.mix = as_acc(args.mix, mix_);
+    c.mix_stride = args.mix->numel() > 1;
+  }
   c.weight = as_acc(args.weight, weight_);
   c.prior = as_acc(args.log_prior, prior_);
   c.sample_weight = as_acc(args.sample_weight, sample_weight_);
@@ -206,7 +211,6 @@ Problem::Problem(const RowsArgs &args, int64_t ignore_index) {
   set_logits(args.input);
   if (args.target_prob) set_prob(*args.target_prob);
   if (args.target) c.target = index_target(*args.target, target_);
-  if (args.target2) c.target2 = index_target(*args.target2, target2_);
   c.weight = as_acc(args.weight, weight_);
   c.prior = as_acc(args.log_prior, prior_);
   c.sample_weight = as_acc(args.sample_weight, sample_weight_);
@@ -251,6 +255,22 @@ at::Tensor Gradient::finish() {
   if (buffer_.defined()) dx_.copy_(buffer_);
   return std::move(dx_);
 }
+
+namespace {
+
+void *value_at(const at::Tensor &stats, int64_t index) {
+  char *data = static_cast<char *>(const_cast<void *>(stats.const_data_ptr()));
+  return data + index * static_cast<int64_t>(stats.itemsize());
+}
+
+} // namespace
+
+std::pair<void *, void *> saved_rows(const at::Tensor &stats, const Problem &problem) {
+  if (!wce_saves_stats(problem.c.classes)) return {nullptr, nullptr};
+  return {value_at(stats, 1), value_at(stats, 1 + problem.rows)};
+}
+
+void *last_value(const at::Tensor &stats) { return value_at(stats, stats.numel() - 1); }
 
 c10::MaybeOwned<at::Tensor> rows_as(const at::Tensor &tensor, at::ScalarType acc) {
   using Owned = c10::MaybeOwned<at::Tensor>;

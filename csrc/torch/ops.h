@@ -28,49 +28,48 @@ using OptTensor = std::optional<at::Tensor>;
       int64_t reduction, Int ignore_index, double label_smoothing,                                 \
       const wce::OptTensor &log_prior, const wce::OptTensor &sample_weight,                        \
       const wce::OptTensor &mask, const wce::OptTensor &normalizer, bool empty_zero,               \
-      bool skip_empty, bool out_fp32
+      bool skip_empty, bool out_fp32, const wce::OptTensor &target2, const wce::OptTensor &mix
 #define WCE_LOSS_ARGS                                                                              \
   input, target, weight, reduction, ignore_index, label_smoothing, log_prior, sample_weight, mask, \
-      normalizer, empty_zero, skip_empty, out_fp32
+      normalizer, empty_zero, skip_empty, out_fp32, target2, mix
 
 #define WCE_BACKWARD_PARAMS(Int)                                                                   \
   const at::Tensor &grad, const at::Tensor &input, const at::Tensor &target,                       \
       const wce::OptTensor &weight, const at::Tensor &stats, int64_t reduction, Int ignore_index,  \
       double label_smoothing, const wce::OptTensor &log_prior,                                     \
-      const wce::OptTensor &sample_weight, const wce::OptTensor &mask, bool skip_empty
+      const wce::OptTensor &sample_weight, const wce::OptTensor &mask, bool skip_empty,            \
+      const wce::OptTensor &target2, const wce::OptTensor &mix
 #define WCE_BACKWARD_ARGS                                                                          \
   grad, input, target, weight, stats, reduction, ignore_index, label_smoothing, log_prior,         \
-      sample_weight, mask, skip_empty
+      sample_weight, mask, skip_empty, target2, mix
 
 // Arguments of rows_forward and rows_composite.
 #define WCE_ROWS_PARAMS(Int)                                                                       \
-  const at::Tensor &input, const wce::OptTensor &target, const wce::OptTensor &target2,            \
-      const wce::OptTensor &target_prob, const wce::OptTensor &weight,                             \
-      const wce::OptTensor &log_prior, const wce::OptTensor &mask, double spike, double floor,     \
+  const at::Tensor &input, const wce::OptTensor &target, const wce::OptTensor &target_prob,        \
+      const wce::OptTensor &weight, const wce::OptTensor &log_prior,                               \
+      const wce::OptTensor &mask, double spike, double floor,                                      \
       double soft, Int ignore_index, bool skip_empty, bool entropy,                                \
       const wce::OptTensor &sample_weight, const wce::OptTensor &normalizer, int64_t reduction,    \
       bool empty_zero
 #define WCE_ROWS_ARGS                                                                              \
-  input, target, target2, target_prob, weight, log_prior, mask, spike, floor, soft, ignore_index,  \
+  input, target, target_prob, weight, log_prior, mask, spike, floor, soft, ignore_index,           \
       skip_empty, entropy, sample_weight, normalizer, reduction, empty_zero
 
 #define WCE_ROWS_BACKWARD_PARAMS(Int)                                                              \
   const wce::OptTensor &grad_loss, const wce::OptTensor &grad_lse,                                 \
-      const wce::OptTensor &grad_log_prob, const wce::OptTensor &grad_log_prob2,                   \
-      const at::Tensor &input, const wce::OptTensor &target, const wce::OptTensor &target2,        \
+      const wce::OptTensor &grad_log_prob, const at::Tensor &input, const wce::OptTensor &target,  \
       const wce::OptTensor &target_prob, const wce::OptTensor &weight,                             \
       const wce::OptTensor &log_prior, const wce::OptTensor &mask, const at::Tensor &stats,        \
       double spike, double floor, double soft, Int ignore_index, bool skip_empty,                  \
       const wce::OptTensor &sample_weight, int64_t reduction
 #define WCE_ROWS_BACKWARD_ARGS                                                                     \
-  grad_loss, grad_lse, grad_log_prob, grad_log_prob2, input, target, target2, target_prob, weight, \
-      log_prior, mask, stats, spike, floor, soft, ignore_index, skip_empty, sample_weight,         \
-      reduction
+  grad_loss, grad_lse, grad_log_prob, input, target, target_prob, weight, log_prior, mask, stats,  \
+      spike, floor, soft, ignore_index, skip_empty, sample_weight, reduction
 
 using LossAndStats = std::tuple<at::Tensor, at::Tensor>;
-// loss, stats, lse, log_prob, log_prob2, entropy, correct
+// loss, stats, lse, log_prob, entropy, correct
 using RowsResult =
-    std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+    std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 using LossFn = at::Tensor(WCE_LOSS_PARAMS(c10::SymInt));
 using ForwardFn = LossAndStats(WCE_LOSS_PARAMS(c10::SymInt));
@@ -90,8 +89,10 @@ RowsBackwardFn rows_backward;
 // Soft targets are recognised by the shape alone: the same as the logits'.
 bool is_soft(const at::Tensor &input, const at::Tensor &target);
 
-// wce_saves_stats for sizes that may be symbolic.
-bool saves_stats(const c10::SymInt &classes);
+// What forward leaves for backward is stats = [denominator, m[rows], L[rows], denominator of
+// target2's half]: m and L where they are saved, the last one for mixtures. The size may be
+// symbolic.
+c10::SymInt stats_size(const at::Tensor &input, bool is_mixture);
 
 // Views of the arguments, for the functions that look at all of them.
 struct LossArgs {
@@ -100,11 +101,12 @@ struct LossArgs {
   int64_t reduction;
   double label_smoothing;
   const OptTensor &log_prior, &sample_weight, &mask, &normalizer;
-  bool skip_empty = false;
+  bool skip_empty;
+  const OptTensor &target2, &mix;
 };
 struct RowsArgs {
   const at::Tensor &input;
-  const OptTensor &target, &target2, &target_prob, &weight, &log_prior, &mask;
+  const OptTensor &target, &target_prob, &weight, &log_prior, &mask;
   const OptTensor &sample_weight, &normalizer;
   int64_t reduction;
   double spike, floor, soft;
@@ -118,8 +120,7 @@ void check_backward(const LossArgs &args, const c10::SymInt &ignore_index, const
                     const at::Tensor &stats);
 void check_rows(const RowsArgs &args);
 void check_rows_backward(const RowsArgs &args, const at::Tensor &stats, const OptTensor &grad_loss,
-                         const OptTensor &grad_lse, const OptTensor &grad_log_prob,
-                         const OptTensor &grad_log_prob2);
+                         const OptTensor &grad_lse, const OptTensor &grad_log_prob);
 
 // IndexError `Target 7 is out of bounds. (position [3, 5]; classes are 0..4)`. `row` counts the
 // rows of `shape` in row-major order. A value that is a class was refused for its prior of zero.
@@ -168,7 +169,7 @@ struct Problem {
 
 private:
   using Owned = c10::MaybeOwned<at::Tensor>;
-  Owned input_, target_, target2_, prob_, weight_, prior_, sample_weight_, mask_;
+  Owned input_, target_, target2_, mix_, prob_, weight_, prior_, sample_weight_, mask_;
   c10::IntArrayRef sizes_;
   void set_logits(const at::Tensor &input);
   void set_prob(const at::Tensor &prob);
@@ -190,6 +191,10 @@ private:
   at::Tensor dx_, buffer_;
   wce_view view_{};
 };
+
+// Pointers to m and L in stats, null where they are not saved, and to its last value.
+std::pair<void *, void *> saved_rows(const at::Tensor &stats, const Problem &problem);
+void *last_value(const at::Tensor &stats);
 
 // Converts `tensor` to one contiguous value per row of type acc (or leaves it as it is).
 c10::MaybeOwned<at::Tensor> rows_as(const at::Tensor &tensor, at::ScalarType acc);

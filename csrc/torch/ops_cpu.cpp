@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstring>
 #include <limits>
 #include <vector>
 
@@ -31,7 +32,7 @@ template <class Body> void for_each_task(const wce_plan &plan, const Body &body)
 }
 
 wce_sums run_forward(const Problem &problem, const wce_row_outputs &out) {
-  if (problem.rows == 0) return {0, 0, 0, -1};
+  if (problem.rows == 0) return {0, 0, 0, 0, 0, -1};
   const wce_plan plan = wce_cpu_plan(&problem.c);
   c10::SmallVector<wce_sums, 8> sums(plan.tasks);
   std::vector<wce_piece> pieces(plan.pieces); // no allocation where a row is never split
@@ -52,27 +53,32 @@ void run_backward(const Problem &problem, const wce_row_grads &grads) {
   if (bad >= 0) raise_bad_row(problem.c, problem.row_shape(), bad);
 }
 
-void set_value(const at::Tensor &scalar, double value) {
-  void *data = scalar.mutable_data_ptr();
-  switch (scalar.scalar_type()) {
+void set_value(const at::Tensor &tensor, double value, int64_t at = 0) {
+  void *data = tensor.mutable_data_ptr();
+  switch (tensor.scalar_type()) {
   case at::kFloat:
-    *static_cast<float *>(data) = static_cast<float>(value);
+    static_cast<float *>(data)[at] = static_cast<float>(value);
     break;
   case at::kDouble:
-    *static_cast<double *>(data) = value;
+    static_cast<double *>(data)[at] = value;
     break;
   case at::kBFloat16:
-    *static_cast<c10::BFloat16 *>(data) = static_cast<float>(value);
+    static_cast<c10::BFloat16 *>(data)[at] = static_cast<float>(value);
     break;
   default:
-    *static_cast<c10::Half *>(data) = static_cast<float>(value);
+    static_cast<c10::Half *>(data)[at] = static_cast<float>(value);
   }
+}
+
+at::Tensor empty_stats(const at::Tensor &input, const Problem &problem, bool is_mixture) {
+  return empty({stats_size(input, is_mixture).expect_int()}, problem.acc);
 }
 
 // Without classes no kernel runs: no row has anything to add up.
 void check_no_classes(const LossArgs &args, int64_t ignore_index) {
   if (!is_soft(args.input, args.target))
     check_target_values(args.input, args.target, ignore_index, std::nullopt);
+  if (args.target2) check_target_values(args.input, *args.target2, ignore_index, std::nullopt);
 }
 
 LossAndStats forward_no_classes(const LossArgs &args, const Problem &problem, int64_t ignore_index,
@@ -80,59 +86,53 @@ LossAndStats forward_no_classes(const LossArgs &args, const Problem &problem, in
   check_no_classes(args, ignore_index);
   constexpr double nan = std::numeric_limits<double>::quiet_NaN();
   const bool smoothed = !is_soft(args.input, args.target) && args.label_smoothing > 0;
-  at::Tensor loss = empty({}, type), stats = empty({1}, problem.acc);
-  set_value(stats, 0);
+  at::Tensor loss = empty({}, type);
+  at::Tensor stats = empty_stats(args.input, problem, args.target2.has_value());
+  std::memset(stats.mutable_data_ptr(), 0, stats.nbytes());
   set_value(loss, args.reduction == WCE_MEAN || (smoothed && problem.rows > 0) ? nan : 0.0);
   if (args.reduction == WCE_NONE) loss = loss.expand(problem.row_shape()).contiguous();
   return {std::move(loss), std::move(stats)};
 }
 
-// Type as stored; the pointers of m and L in stats = [denominator, m[rows], L[rows]].
-void set_stats_pointers(const at::Tensor &stats, const Problem &problem, void **max,
-                        void **log_sum) {
-  char *data = static_cast<char *>(stats.mutable_data_ptr());
-  const int64_t size = static_cast<int64_t>(stats.itemsize());
-  *max = data + size;
-  *log_sum = data + size * (1 + problem.rows);
-}
-
-// The denominator, and the loss unless it is per row: in double, rounded once.
+// The denominators, and the loss unless it is per row: in double, rounded once.
 void set_loss(const at::Tensor &loss, const at::Tensor &stats, const wce_sums &sums,
-              const OptTensor &normalizer, int64_t reduction, bool empty_zero) {
+              const OptTensor &normalizer, int64_t reduction, bool empty_zero, bool is_mixture) {
   const double denominator = normalizer ? normalizer->item().toDouble() : sums.weight;
   set_value(stats, denominator);
-  if (reduction == WCE_SUM) set_value(loss, sums.loss);
-  if (reduction == WCE_MEAN)
-    set_value(loss, empty_zero && sums.count == 0 ? 0.0 : sums.loss / denominator);
+  if (is_mixture) set_value(stats, sums.weight2, stats.numel() - 1);
+  if (reduction == WCE_SUM) set_value(loss, sums.loss + sums.loss2);
+  if (reduction != WCE_MEAN) return;
+  double mean = sums.loss / denominator;
+  if (is_mixture) mean += sums.loss2 / sums.weight2;
+  set_value(loss, empty_zero && sums.count == 0 ? 0.0 : mean);
 }
 
 LossAndStats forward_cpu(WCE_LOSS_PARAMS(int64_t)) {
   const LossArgs args{input,     target,        weight, reduction,  label_smoothing,
-                      log_prior, sample_weight, mask,   normalizer, skip_empty};
+                      log_prior, sample_weight, mask,   normalizer, skip_empty, target2, mix};
   check_loss(args, ignore_index);
   const Problem problem(args, ignore_index);
   const bool soft = problem.c.prob.data != nullptr || is_soft(input, target);
   const at::ScalarType type = loss_type(input, target, weight, soft, out_fp32);
   if (problem.c.classes == 0) return forward_no_classes(args, problem, ignore_index, type);
 
-  const bool saves = wce_saves_stats(problem.c.classes);
-  at::Tensor stats = empty({saves ? 1 + 2 * problem.rows : 1}, problem.acc);
+  at::Tensor stats = empty_stats(input, problem, target2.has_value());
   at::Tensor loss = reduction == WCE_NONE ? empty(problem.row_shape(), type) : empty({}, type);
   wce_row_outputs out{};
-  if (saves) set_stats_pointers(stats, problem, &out.max, &out.log_sum);
+  std::tie(out.max, out.log_sum) = saved_rows(stats, problem);
   if (reduction == WCE_NONE) out.loss = loss.mutable_data_ptr();
   out.loss_dtype = dtype_of(type);
 
   const wce_sums sums = run_forward(problem, out);
   if (sums.bad_row >= 0) raise_bad_row(problem.c, target.sizes(), sums.bad_row);
-  set_loss(loss, stats, sums, normalizer, reduction, empty_zero);
+  set_loss(loss, stats, sums, normalizer, reduction, empty_zero, target2.has_value());
   return {std::move(loss), std::move(stats)};
 }
 
 at::Tensor backward_cpu(WCE_BACKWARD_PARAMS(int64_t)) {
   const OptTensor none;
   const LossArgs args{input,     target,        weight, reduction, label_smoothing,
-                      log_prior, sample_weight, mask,   none,      skip_empty};
+                      log_prior, sample_weight, mask,   none,       skip_empty, target2, mix};
   check_backward(args, ignore_index, grad, stats);
   const Problem problem(args, ignore_index);
   Gradient dx(input, problem);
@@ -140,15 +140,13 @@ at::Tensor backward_cpu(WCE_BACKWARD_PARAMS(int64_t)) {
 
   wce_row_grads grads{};
   grads.dx = dx.view();
-  if (wce_saves_stats(problem.c.classes)) {
-    void *max, *log_sum;
-    set_stats_pointers(stats, problem, &max, &log_sum);
-    grads.max = max;
-    grads.log_sum = log_sum;
-  }
+  std::tie(grads.max, grads.log_sum) = saved_rows(stats, problem);
   c10::MaybeOwned<at::Tensor> grad_owner;
   set_grad(grads, grad, grad_owner);
-  if (reduction == WCE_MEAN) grads.denominator = stats.const_data_ptr();
+  if (reduction == WCE_MEAN) {
+    grads.denominator = stats.const_data_ptr();
+    if (target2) grads.denominator2 = last_value(stats);
+  }
   run_backward(problem, grads);
   return dx.finish();
 }
@@ -156,9 +154,8 @@ at::Tensor backward_cpu(WCE_BACKWARD_PARAMS(int64_t)) {
 // ---- rows --------------------------------------------------------------------------------------
 
 RowsResult rows_forward_cpu(WCE_ROWS_PARAMS(int64_t)) {
-  const RowsArgs args{input,     target, target2,       target_prob, weight,
-                      log_prior, mask,   sample_weight, normalizer,  reduction,
-                      spike,     floor,  soft,          skip_empty};
+  const RowsArgs args{input, target, target_prob, weight, log_prior, mask, sample_weight,
+                      normalizer, reduction, spike, floor, soft, skip_empty};
   check_rows(args);
   const Problem problem(args, ignore_index);
   TORCH_CHECK(problem.c.classes > 0, "input: expected at least one class, got shape ",
@@ -169,47 +166,41 @@ RowsResult rows_forward_cpu(WCE_ROWS_PARAMS(int64_t)) {
     return asked ? empty(shape, type) : empty({0}, type);
   };
   at::Tensor loss = reduction == WCE_NONE ? empty(shape, acc) : empty({}, acc);
-  at::Tensor stats = empty({1 + 2 * problem.rows}, acc), lse = empty(shape, acc);
+  at::Tensor stats = empty_stats(input, problem, false), lse = empty(shape, acc);
   at::Tensor log_prob = wanted(target.has_value(), acc);
-  at::Tensor log_prob2 = wanted(target2.has_value(), acc);
   at::Tensor entropies = wanted(entropy, acc), correct = wanted(target.has_value(), at::kBool);
 
   const auto pointer = [](const at::Tensor &tensor, bool asked) {
     return asked ? tensor.mutable_data_ptr() : nullptr;
   };
   wce_row_outputs out{};
-  set_stats_pointers(stats, problem, &out.max, &out.log_sum);
+  std::tie(out.max, out.log_sum) = saved_rows(stats, problem);
   out.loss = pointer(loss, reduction == WCE_NONE);
   out.loss_dtype = dtype_of(acc);
   out.lse = lse.mutable_data_ptr();
   out.log_prob = pointer(log_prob, target.has_value());
-  out.log_prob2 = pointer(log_prob2, target2.has_value());
   out.entropy = pointer(entropies, entropy);
   out.correct = static_cast<uint8_t *>(pointer(correct, target.has_value()));
   const wce_sums sums = run_forward(problem, out);
   if (sums.bad_row >= 0) raise_bad_row(problem.c, shape, sums.bad_row);
-  set_loss(loss, stats, sums, normalizer, reduction, empty_zero);
-  return {loss, stats, lse, log_prob, log_prob2, entropies, correct};
+  set_loss(loss, stats, sums, normalizer, reduction, empty_zero, false);
+  return {loss, stats, lse, log_prob, entropies, correct};
 }
 
 at::Tensor rows_backward_cpu(WCE_ROWS_BACKWARD_PARAMS(int64_t)) {
   const OptTensor normalizer;
-  const RowsArgs args{input,     target, target2,       target_prob, weight,
-                      log_prior, mask,   sample_weight, normalizer,  reduction,
-                      spike,     floor,  soft,          skip_empty};
-  check_rows_backward(args, stats, grad_loss, grad_lse, grad_log_prob, grad_log_prob2);
+  const RowsArgs args{input, target, target_prob, weight, log_prior, mask, sample_weight,
+                      normalizer, reduction, spike, floor, soft, skip_empty};
+  check_rows_backward(args, stats, grad_loss, grad_lse, grad_log_prob);
   const Problem problem(args, ignore_index);
   Gradient dx(input, problem);
   if (problem.rows == 0 || problem.c.classes == 0) return dx.finish();
 
   wce_row_grads grads{};
   grads.dx = dx.view();
-  void *max, *log_sum;
-  set_stats_pointers(stats, problem, &max, &log_sum);
-  grads.max = max;
-  grads.log_sum = log_sum;
+  std::tie(grads.max, grads.log_sum) = saved_rows(stats, problem);
   if (reduction == WCE_MEAN) grads.denominator = stats.const_data_ptr();
-  c10::MaybeOwned<at::Tensor> loss_owner, lse_owner, log_prob_owner, log_prob2_owner;
+  c10::MaybeOwned<at::Tensor> loss_owner, lse_owner, log_prob_owner;
   if (grad_loss) set_grad(grads, *grad_loss, loss_owner);
   const auto as_acc = [&](const OptTensor &grad, c10::MaybeOwned<at::Tensor> &owner) {
     if (!grad) return static_cast<const void *>(nullptr);
@@ -218,7 +209,6 @@ at::Tensor rows_backward_cpu(WCE_ROWS_BACKWARD_PARAMS(int64_t)) {
   };
   grads.grad_lse = as_acc(grad_lse, lse_owner);
   grads.grad_log_prob = as_acc(grad_log_prob, log_prob_owner);
-  grads.grad_log_prob2 = as_acc(grad_log_prob2, log_prob2_owner);
   run_backward(problem, grads);
   return dx.finish();
 }

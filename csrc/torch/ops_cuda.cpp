@@ -93,14 +93,9 @@ void run_backward(const Problem &problem, const Tensor &input, const wce_row_gra
                                  check.row(), stream));
 }
 
-// m and L in stats = [denominator, m[rows], L[rows]].
-template <class Pointer>
-void set_stats_pointers(const Tensor &stats, int64_t first, int64_t rows, Pointer *max,
-                        Pointer *log_sum) {
-  char *data = static_cast<char *>(const_cast<void *>(stats.const_data_ptr()));
-  const int64_t size = static_cast<int64_t>(stats.itemsize());
-  *max = data + size * first;
-  *log_sum = data + size * (first + rows);
+Tensor empty_stats(const Tensor &input, const Problem &problem, bool is_mixture) {
+  return at::empty({stats_size(input, is_mixture).expect_int()},
+                   input.options().dtype(problem.acc));
 }
 
 // Without classes there is nothing to add up, but an index target can still be wrong.
@@ -110,7 +105,7 @@ LossAndStats forward_no_classes(const LossArgs &args, Problem &problem, at::Scal
   if (!soft && problem.rows > 0) {
     problem.c.outer = problem.rows;
     problem.c.inner = 1;
-    problem.c.weight = problem.c.prior = nullptr;
+    problem.c.weight = problem.c.prior = nullptr; // and a mixture has both of its targets checked
     run_forward(problem, args.input, {}, {}, args.target.sizes());
   }
   const bool smoothed = !soft && args.label_smoothing > 0 && problem.rows > 0;
@@ -119,7 +114,7 @@ LossAndStats forward_no_classes(const LossArgs &args, Problem &problem, at::Scal
   const at::IntArrayRef scalar;
   return {at::full(args.reduction == WCE_NONE ? problem.row_shape() : scalar, value,
                    options.dtype(type)),
-          at::full({1}, 0, options.dtype(problem.acc))};
+          empty_stats(args.input, problem, args.target2.has_value()).zero_()};
 }
 
 // The caller's denominator in device memory. A number that lives on the CPU travels as an argument
@@ -132,7 +127,7 @@ Tensor normalizer_on(const Tensor &input, const Tensor &normalizer, at::ScalarTy
 // Where the denominator and, unless it is per row, the loss go. `given` owns a normalizer.
 wce_cuda_total total_of(const Problem &problem, const Tensor &input, const OptTensor &normalizer,
                         int64_t reduction, bool empty_zero, const Tensor &loss,
-                        const Tensor &stats, Tensor &given) {
+                        const Tensor &stats, bool is_mixture, Tensor &given) {
   wce_cuda_total total{};
   total.reduction = static_cast<wce_reduction>(reduction);
   total.empty_zero = empty_zero;
@@ -143,12 +138,13 @@ wce_cuda_total total_of(const Problem &problem, const Tensor &input, const OptTe
   total.loss = loss.mutable_data_ptr();
   total.loss_dtype = dtype_of(loss.scalar_type());
   total.denominator = stats.mutable_data_ptr();
+  if (is_mixture) total.denominator2 = last_value(stats);
   return total;
 }
 
 LossAndStats forward_cuda(WCE_LOSS_PARAMS(int64_t)) {
   const LossArgs args{input,     target,        weight, reduction,  label_smoothing,
-                      log_prior, sample_weight, mask,   normalizer, skip_empty};
+                      log_prior, sample_weight, mask,   normalizer, skip_empty, target2, mix};
   check_loss(args, ignore_index);
   const c10::DeviceGuard guard(input.device());
   Problem problem(args, ignore_index);
@@ -157,20 +153,19 @@ LossAndStats forward_cuda(WCE_LOSS_PARAMS(int64_t)) {
   if (problem.c.classes == 0) return forward_no_classes(args, problem, type);
 
   const auto options = input.options();
-  const bool saves = wce_saves_stats(problem.c.classes);
-  const Tensor stats =
-      at::empty({saves ? 1 + 2 * problem.rows : 1}, options.dtype(problem.acc));
+  const Tensor stats = empty_stats(input, problem, target2.has_value());
   const at::IntArrayRef scalar;
   const Tensor loss = at::empty(reduction == WCE_NONE ? problem.row_shape() : scalar,
                                 options.dtype(type));
   wce_row_outputs out{};
   out.loss_dtype = dtype_of(type);
-  if (saves) set_stats_pointers(stats, 1, problem.rows, &out.max, &out.log_sum);
+  std::tie(out.max, out.log_sum) = saved_rows(stats, problem);
   if (reduction == WCE_NONE) out.loss = loss.mutable_data_ptr();
 
   Tensor given;
   const wce_cuda_total total =
-      total_of(problem, input, normalizer, reduction, empty_zero, loss, stats, given);
+      total_of(problem, input, normalizer, reduction, empty_zero, loss, stats, target2.has_value(),
+               given);
   run_forward(problem, input, out, total, target.sizes());
   return {loss, stats};
 }
@@ -178,7 +173,7 @@ LossAndStats forward_cuda(WCE_LOSS_PARAMS(int64_t)) {
 Tensor backward_cuda(WCE_BACKWARD_PARAMS(int64_t)) {
   const OptTensor none;
   const LossArgs args{input,     target,        weight, reduction, label_smoothing,
-                      log_prior, sample_weight, mask,   none,      skip_empty};
+                      log_prior, sample_weight, mask,   none,       skip_empty, target2, mix};
   check_backward(args, ignore_index, grad, stats);
   const c10::DeviceGuard guard(input.device());
   const Problem problem(args, ignore_index);
@@ -187,11 +182,13 @@ Tensor backward_cuda(WCE_BACKWARD_PARAMS(int64_t)) {
 
   wce_row_grads grads{};
   grads.dx = dx.view();
-  if (wce_saves_stats(problem.c.classes))
-    set_stats_pointers(stats, 1, problem.rows, &grads.max, &grads.log_sum);
+  std::tie(grads.max, grads.log_sum) = saved_rows(stats, problem);
   c10::MaybeOwned<Tensor> grad_owner;
   set_grad(grads, grad, grad_owner);
-  if (reduction == WCE_MEAN) grads.denominator = stats.const_data_ptr();
+  if (reduction == WCE_MEAN) {
+    grads.denominator = stats.const_data_ptr();
+    if (target2) grads.denominator2 = last_value(stats);
+  }
   run_backward(problem, input, grads);
   return dx.finish();
 }
@@ -199,8 +196,8 @@ Tensor backward_cuda(WCE_BACKWARD_PARAMS(int64_t)) {
 // ---- rows --------------------------------------------------------------------------------------
 
 RowsResult rows_forward_cuda(WCE_ROWS_PARAMS(int64_t)) {
-  const RowsArgs args{input, target, target2, target_prob, weight, log_prior, mask,
-                      sample_weight, normalizer, reduction, spike, floor, soft, skip_empty};
+  const RowsArgs args{input, target, target_prob, weight, log_prior, mask, sample_weight,
+                      normalizer, reduction, spike, floor, soft, skip_empty};
   check_rows(args);
   const c10::DeviceGuard guard(input.device());
   const Problem problem(args, ignore_index);
@@ -216,35 +213,33 @@ RowsResult rows_forward_cuda(WCE_ROWS_PARAMS(int64_t)) {
   const Tensor loss =
       at::empty(reduction == WCE_NONE ? at::IntArrayRef(shape) : scalar, options.dtype(acc));
   const Tensor lse = wanted(true, acc), entropies = wanted(entropy, acc);
-  const Tensor stats = at::empty({1 + 2 * problem.rows}, options.dtype(acc));
+  const Tensor stats = empty_stats(input, problem, false);
   const Tensor log_prob = wanted(target.has_value(), acc);
-  const Tensor log_prob2 = wanted(target2.has_value(), acc);
   const Tensor correct = wanted(target.has_value(), at::kBool);
 
   const auto pointer = [](const Tensor &tensor, bool asked) {
     return asked ? tensor.mutable_data_ptr() : nullptr;
   };
   wce_row_outputs out{};
-  set_stats_pointers(stats, 1, problem.rows, &out.max, &out.log_sum);
+  std::tie(out.max, out.log_sum) = saved_rows(stats, problem);
   out.loss = pointer(loss, reduction == WCE_NONE);
   out.loss_dtype = dtype_of(acc);
   out.lse = lse.mutable_data_ptr();
   out.log_prob = pointer(log_prob, target.has_value());
-  out.log_prob2 = pointer(log_prob2, target2.has_value());
   out.entropy = pointer(entropies, entropy);
   out.correct = static_cast<uint8_t *>(pointer(correct, target.has_value()));
   Tensor given;
   const wce_cuda_total total =
-      total_of(problem, input, normalizer, reduction, empty_zero, loss, stats, given);
+      total_of(problem, input, normalizer, reduction, empty_zero, loss, stats, false, given);
   run_forward(problem, input, out, total, shape);
-  return {loss, stats, lse, log_prob, log_prob2, entropies, correct};
+  return {loss, stats, lse, log_prob, entropies, correct};
 }
 
 Tensor rows_backward_cuda(WCE_ROWS_BACKWARD_PARAMS(int64_t)) {
   const OptTensor normalizer;
-  const RowsArgs args{input, target, target2, target_prob, weight, log_prior, mask,
-                      sample_weight, normalizer, reduction, spike, floor, soft, skip_empty};
-  check_rows_backward(args, stats, grad_loss, grad_lse, grad_log_prob, grad_log_prob2);
+  const RowsArgs args{input, target, target_prob, weight, log_prior, mask, sample_weight,
+                      normalizer, reduction, spike, floor, soft, skip_empty};
+  check_rows_backward(args, stats, grad_loss, grad_lse, grad_log_prob);
   const c10::DeviceGuard guard(input.device());
   const Problem problem(args, ignore_index);
   Gradient dx(input, problem);
@@ -252,9 +247,9 @@ Tensor rows_backward_cuda(WCE_ROWS_BACKWARD_PARAMS(int64_t)) {
 
   wce_row_grads grads{};
   grads.dx = dx.view();
-  set_stats_pointers(stats, 1, problem.rows, &grads.max, &grads.log_sum);
+  std::tie(grads.max, grads.log_sum) = saved_rows(stats, problem);
   if (reduction == WCE_MEAN) grads.denominator = stats.const_data_ptr();
-  c10::MaybeOwned<Tensor> loss_owner, lse_owner, log_prob_owner, log_prob2_owner;
+  c10::MaybeOwned<Tensor> loss_owner, lse_owner, log_prob_owner;
   if (grad_loss) set_grad(grads, *grad_loss, loss_owner);
   const auto as_acc = [&](const OptTensor &one, c10::MaybeOwned<Tensor> &owner) {
     if (!one) return static_cast<const void *>(nullptr);
@@ -263,7 +258,6 @@ Tensor rows_backward_cuda(WCE_ROWS_BACKWARD_PARAMS(int64_t)) {
   };
   grads.grad_lse = as_acc(grad_lse, lse_owner);
   grads.grad_log_prob = as_acc(grad_log_prob, log_prob_owner);
-  grads.grad_log_prob2 = as_acc(grad_log_prob2, log_prob2_owner);
   run_backward(problem, input, grads);
   return dx.finish();
 }

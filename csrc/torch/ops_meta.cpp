@@ -35,29 +35,28 @@ at::Tensor empty(c10::SymIntArrayRef sizes, const at::Tensor &like, at::ScalarTy
 
 LossAndStats forward_meta(WCE_LOSS_PARAMS(SymInt)) {
   const LossArgs args{input,     target,        weight, reduction,  label_smoothing,
-                      log_prior, sample_weight, mask,   normalizer, skip_empty};
+                      log_prior, sample_weight, mask,   normalizer, skip_empty, target2, mix};
   check_loss(args, ignore_index);
   (void)empty_zero;
   const Rows rows = rows_of(input);
   const at::ScalarType type = loss_type(input, target, weight, is_soft(input, target), out_fp32);
-  const SymInt saved = saves_stats(rows.classes) ? rows.count * 2 + 1 : SymInt(1);
   at::Tensor loss = empty(
       reduction == WCE_NONE ? c10::SymIntArrayRef(rows.shape) : c10::SymIntArrayRef(), input, type);
-  return {loss, empty({saved}, input, acc_type(input.scalar_type()))};
+  return {loss, empty({stats_size(input, target2.has_value())}, input,
+                      acc_type(input.scalar_type()))};
 }
 
 at::Tensor backward_meta(WCE_BACKWARD_PARAMS(SymInt)) {
   const OptTensor none;
   const LossArgs args{input,     target,        weight, reduction, label_smoothing,
-                      log_prior, sample_weight, mask,   none,      skip_empty};
+                      log_prior, sample_weight, mask,   none,       skip_empty, target2, mix};
   check_backward(args, ignore_index, grad, stats);
   return at::empty_like(input);
 }
 
 RowsResult rows_forward_meta(WCE_ROWS_PARAMS(SymInt)) {
-  const RowsArgs args{input,     target, target2,       target_prob, weight,
-                      log_prior, mask,   sample_weight, normalizer,  reduction,
-                      spike,     floor,  soft,          skip_empty};
+  const RowsArgs args{input, target, target_prob, weight, log_prior, mask, sample_weight,
+                      normalizer, reduction, spike, floor, soft, skip_empty};
   check_rows(args);
   (void)ignore_index, (void)empty_zero;
   const Rows rows = rows_of(input);
@@ -68,20 +67,18 @@ RowsResult rows_forward_meta(WCE_ROWS_PARAMS(SymInt)) {
   };
   const c10::SymIntArrayRef scalar;
   return {empty(reduction == WCE_NONE ? c10::SymIntArrayRef(rows.shape) : scalar, input, acc),
-          empty({rows.count * 2 + 1}, input, acc),
+          empty({stats_size(input, false)}, input, acc),
           per_row(true, acc),
           per_row(target.has_value(), acc),
-          per_row(target2.has_value(), acc),
           per_row(entropy, acc),
           per_row(target.has_value(), at::kBool)};
 }
 
 at::Tensor rows_backward_meta(WCE_ROWS_BACKWARD_PARAMS(SymInt)) {
   const OptTensor normalizer;
-  const RowsArgs args{input,     target, target2,       target_prob, weight,
-                      log_prior, mask,   sample_weight, normalizer,  reduction,
-                      spike,     floor,  soft,          skip_empty};
-  check_rows_backward(args, stats, grad_loss, grad_lse, grad_log_prob, grad_log_prob2);
+  const RowsArgs args{input, target, target_prob, weight, log_prior, mask, sample_weight,
+                      normalizer, reduction, spike, floor, soft, skip_empty};
+  check_rows_backward(args, stats, grad_loss, grad_lse, grad_log_prob);
   (void)ignore_index;
   return at::empty_like(input);
 }

@@ -8,14 +8,13 @@
   "(Tensor input, Tensor target, Tensor? weight=None, int reduction=1, SymInt ignore_index=-100, " \
   "float label_smoothing=0.0, *, Tensor? log_prior=None, Tensor? sample_weight=None, "             \
   "Tensor? mask=None, Tensor? normalizer=None, bool empty_zero=False, bool skip_empty=False, "     \
-  "bool out_fp32=False)"
+  "bool out_fp32=False, Tensor? target2=None, Tensor? mix=None)"
 #define WCE_SCHEMA_ROWS                                                                            \
-  "(Tensor input, Tensor? target, Tensor? target2, Tensor? target_prob, Tensor? weight, "          \
-  "Tensor? log_prior, Tensor? mask, float spike, float floor, float soft, SymInt ignore_index, "   \
+  "(Tensor input, Tensor? target, Tensor? target_prob, Tensor? weight, Tensor? log_prior, "        \
+  "Tensor? mask, float spike, float floor, float soft, SymInt ignore_index, "                      \
   "bool skip_empty, bool entropy, *, Tensor? sample_weight=None, Tensor? normalizer=None, "        \
-  "int reduction=0, bool empty_zero=False) -> (Tensor loss, Tensor stats, Tensor lse, Tensor "     \
-  "log_prob, "                                                                                     \
-  "Tensor log_prob2, Tensor entropy, Tensor correct)"
+  "int reduction=0, bool empty_zero=False) -> (Tensor loss, Tensor stats, Tensor lse, "            \
+  "Tensor log_prob, Tensor entropy, Tensor correct)"
 
 TORCH_LIBRARY(wce, m) {
   const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
@@ -24,29 +23,29 @@ TORCH_LIBRARY(wce, m) {
   // reduction 0 none, 1 mean, 2 sum; log_prior [C] is added to the logits; sample_weight and mask
   // have one value per row; normalizer (0-d) replaces the mean's denominator; empty_zero: the mean
   // of nothing is 0, not nan; skip_empty: soft rows of zeros do not count; out_fp32: fp32 result
-  // for 16-bit logits (autocast).
+  // for 16-bit logits (autocast); target2 and mix (0-d, or one value per row): the mixture
+  // mix * loss(target) + (1 - mix) * loss(target2) of two index targets.
   m.def("cross_entropy" WCE_SCHEMA_LOSS " -> Tensor", tags);
   m.def("composite" WCE_SCHEMA_LOSS " -> Tensor", tags);
 
-  // stats, 1-D of type float32 (float64 for float64 logits): the mean's denominator, and for more
-  // than 32 classes m[rows] and L[rows] after it.
+  // stats, 1-D of type float32 (float64 for float64 logits): the mean's denominator, for more than
+  // 32 classes m[rows] and L[rows] after it, and last the denominator of target2's half.
   m.def("forward" WCE_SCHEMA_LOSS " -> (Tensor loss, Tensor stats)", tags);
   m.def("backward(Tensor grad, Tensor input, Tensor target, Tensor? weight, Tensor stats, "
         "int reduction, SymInt ignore_index, float label_smoothing, *, Tensor? log_prior=None, "
-        "Tensor? sample_weight=None, Tensor? mask=None, bool skip_empty=False) -> Tensor",
+        "Tensor? sample_weight=None, Tensor? mask=None, bool skip_empty=False, "
+        "Tensor? target2=None, Tensor? mix=None) -> Tensor",
         tags);
 
   // What one pass knows of each row: the loss s * (A*L - sum a(x-m)), per row or reduced as above,
-  // lse = m + L, log_prob of the target and of target2, entropy, correct. Results that were not
-  // asked for have shape (0). All but correct have the type of stats = [denominator, m[rows],
-  // L[rows]].
+  // lse = m + L, log_prob of the target, entropy, correct. Results that were not asked for have
+  // shape (0). All but correct have the type of stats, which is that of forward.
   m.def("rows_forward" WCE_SCHEMA_ROWS, tags);
   m.def("rows_composite" WCE_SCHEMA_ROWS, tags);
   m.def("rows_backward(Tensor? grad_loss, Tensor? grad_lse, Tensor? grad_log_prob, "
-        "Tensor? grad_log_prob2, Tensor input, Tensor? target, Tensor? target2, "
-        "Tensor? target_prob, Tensor? weight, Tensor? log_prior, Tensor? mask, Tensor stats, "
-        "float spike, float floor, float soft, SymInt ignore_index, bool skip_empty, *, "
-        "Tensor? sample_weight=None, int reduction=0) -> Tensor",
+        "Tensor input, Tensor? target, Tensor? target_prob, Tensor? weight, Tensor? log_prior, "
+        "Tensor? mask, Tensor stats, float spike, float floor, float soft, SymInt ignore_index, "
+        "bool skip_empty, *, Tensor? sample_weight=None, int reduction=0) -> Tensor",
         tags);
 }
 

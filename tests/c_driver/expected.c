@@ -114,8 +114,9 @@ static void row_softmax(const wce_problem *p, expected_row *e, int64_t row) {
   e->entropy_size = e->L - u + 1;
 }
 
-static void row_loss(const wce_problem *p, expected_row *e, int64_t row) {
+static void row_loss(const wce_problem *p, expected_row *e, int64_t row, double share) {
   double D = 0, d_size = 0;
+  e->A = e->a_size = e->loss = e->loss_size = e->weight = 0;
   for (int64_t c = 0; c < p->classes; c++) {
     double a = coefficient(p, e, row, c), d = logit(p, row, c) - e->m;
     if (a == 0) continue;
@@ -128,6 +129,21 @@ static void row_loss(const wce_problem *p, expected_row *e, int64_t row) {
   e->weight = e->sample;
   if (p->target && !p->prob.data)
     e->weight *= e->y >= 0 ? acc_element(p, p->weight, e->y, 1) : 0;
+  e->loss *= share, e->loss_size *= share;
+}
+
+static double share_of(const wce_problem *p, int64_t row, int half) {
+  double mix = acc_element(p, p->mix, row * p->mix_stride, 1);
+  return half ? 1 - mix : mix;
+}
+
+expected_row expect_half(const wce_problem *p, const expected_row *e, int64_t row, int half) {
+  expected_row one = *e;
+  if (!p->target2) return one;
+  one.y = half ? e->y2 : e->y;
+  one.counts = e->counts && one.y >= 0;
+  row_loss(p, &one, row, share_of(p, row, half));
+  return one;
 }
 
 expected_row expect_row(const wce_problem *p, int64_t row) {
@@ -137,29 +153,40 @@ expected_row expect_row(const wce_problem *p, int64_t row) {
   e.counts = row_counts(p, &e, row);
   e.sample = acc_element(p, p->sample_weight, row, 1);
   row_softmax(p, &e, row);
-  row_loss(p, &e, row);
+  row_loss(p, &e, row, 1);
   e.log_prob = e.y >= 0 ? logit(p, row, e.y) - e.m - e.L : 0;
-  e.log_prob2 = e.y2 >= 0 ? logit(p, row, e.y2) - e.m - e.L : 0;
   e.correct = e.y >= 0 && logit(p, row, e.y) == e.m;
   return e;
 }
 
 /* ---- one element of the gradient ------------------------------------------------------------- */
 
-expected_gradient expect_gradient(const wce_problem *p, const wce_row_grads *grads,
-                                  const expected_row *e, int64_t row, int64_t c) {
+static expected_gradient target_gradient(const wce_problem *p, const wce_row_grads *grads,
+                                         const expected_row *e, int64_t row, int64_t c,
+                                         double share, const void *denominator) {
   double g = grads->grad ? element(grads->grad, grads->grad_dtype, row * grads->grad_stride) : 0;
-  double gs = e->counts ? g / acc_element(p, grads->denominator, 0, 1) * e->sample : 0;
+  double gs = e->counts ? g / acc_element(p, denominator, 0, 1) * e->sample * share : 0;
   double h = acc_element(p, grads->grad_lse, row, 0);
   double u = e->y >= 0 ? acc_element(p, grads->grad_log_prob, row, 0) : 0;
-  double u2 = e->y2 >= 0 ? acc_element(p, grads->grad_log_prob2, row, 0) : 0;
   expected_gradient d = {0, 0};
-  if (!e->counts && h == 0 && u == 0 && u2 == 0) return d;
+  if (!e->counts && h == 0 && u == 0) return d;
   double prob = isfinite(e->m) ? exp(logit(p, row, c) - e->m - e->L) : NAN;
   double a = e->counts ? coefficient(p, e, row, c) : 0;
-  d.value = gs * ((e->counts ? e->A : 0) * prob - a) + h * prob + u * ((c == e->y) - prob) +
-            u2 * ((c == e->y2) - prob);
+  d.value = gs * ((e->counts ? e->A : 0) * prob - a) + h * prob + u * ((c == e->y) - prob);
   d.size = fabs(gs) * (e->a_size * prob + fabs(a)) + fabs(h) * prob +
-           fabs(u) * ((c == e->y) + prob) + fabs(u2) * ((c == e->y2) + prob);
+           fabs(u) * ((c == e->y) + prob);
   return d;
+}
+
+expected_gradient expect_gradient(const wce_problem *p, const wce_row_grads *grads,
+                                  const expected_row *e, int64_t row, int64_t c) {
+  if (!p->target2) return target_gradient(p, grads, e, row, c, 1, grads->denominator);
+  expected_row first = expect_half(p, e, row, 0), second = expect_half(p, e, row, 1);
+  wce_row_grads loss_only = *grads;
+  loss_only.grad_lse = loss_only.grad_log_prob = NULL;
+  expected_gradient d =
+      target_gradient(p, grads, &first, row, c, share_of(p, row, 0), grads->denominator);
+  expected_gradient d2 = target_gradient(p, &loss_only, &second, row, c, share_of(p, row, 1),
+                                         grads->denominator2);
+  return (expected_gradient){d.value + d2.value, d.size + d2.size};
 }

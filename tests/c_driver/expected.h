@@ -11,7 +11,7 @@ typedef struct { /* one row */
   int64_t y, y2;            /* class, or -1: absent, ignored or bad                               */
   double m, L;              /* nan L: the row holds nan, +inf, or nothing but -inf                */
   double loss, weight;
-  double lse, log_prob, log_prob2, entropy;
+  double lse, log_prob, entropy;
   int correct;
   double A, sample;
   double a_size, loss_size, entropy_size; /* sums of absolute values, to measure rounding by */
@@ -28,6 +28,8 @@ double logit(const wce_problem *p, int64_t row, int64_t c); /* x_c + prior_c */
 double coefficient(const wce_problem *p, const expected_row *e, int64_t row, int64_t c); /* a_c */
 
 expected_row expect_row(const wce_problem *p, int64_t row);
+/* One half of a mixture, or (half 0) the row itself where there is no second target.             */
+expected_row expect_half(const wce_problem *p, const expected_row *e, int64_t row, int half);
 
 typedef struct { double value, size; } expected_gradient;
 expected_gradient expect_gradient(const wce_problem *p, const wce_row_grads *grads,

@@ -261,7 +261,11 @@ static void random_targets(wce_problem *p, int class_is_unit) {
     p->target = random_target(p, garbage);
     p->spike = 1 - e, p->floor = smooth, p->soft = 0;
   }
-  if (now.wants_rows && p->target && chance(40)) p->target2 = random_target(p, garbage);
+  if (!p->target || p->prob.data || chance(70)) return;
+  p->target2 = random_target(p, garbage);
+  p->mix_stride = chance(50);
+  p->mix = random_table(p->mix_stride ? now.rows : 1, 100, 0, 1);
+  if (!p->mix_stride && chance(20)) set_element((void *)p->mix, acc_dtype(p->dtype), 0, below(2));
 }
 
 static void random_case(uint64_t seed) {
@@ -332,9 +336,12 @@ static void check_outputs(const wce_row_outputs *out) {
   for (int64_t row = 0; row < now.rows; row++) {
     const expected_row *e = now.expected + row;
     double m = fabs(e->m), L = e->L + 1;
-    if (out->loss)
-      compare("loss", row, -1, out->loss_dtype, element(out->loss, out->loss_dtype, row), e->loss,
-              e->loss_size);
+    if (out->loss) {
+      expected_row first = expect_half(&now.p, e, row, 0), second = expect_half(&now.p, e, row, 1);
+      int two = now.p.target2 != NULL;
+      compare("loss", row, -1, out->loss_dtype, element(out->loss, out->loss_dtype, row),
+              first.loss + (two ? second.loss : 0), first.loss_size + (two ? second.loss_size : 0));
+    }
     if (out->max && isfinite(e->m))
       compare("max", row, -1, acc, element(out->max, acc, row), e->m, 0);
     if (out->log_sum) compare("log_sum", row, -1, acc, element(out->log_sum, acc, row), e->L, L);
@@ -342,9 +349,6 @@ static void check_outputs(const wce_row_outputs *out) {
     if (out->log_prob)
       compare("log_prob", row, -1, acc, element(out->log_prob, acc, row), e->log_prob,
               fabs(e->log_prob) + L);
-    if (out->log_prob2)
-      compare("log_prob2", row, -1, acc, element(out->log_prob2, acc, row), e->log_prob2,
-              fabs(e->log_prob2) + L);
     if (out->entropy)
       compare("entropy", row, -1, acc, element(out->entropy, acc, row), e->entropy,
               e->entropy_size);
@@ -354,12 +358,16 @@ static void check_outputs(const wce_row_outputs *out) {
 }
 
 static void check_sums(const wce_sums *got) {
-  wce_sums want = {0, 0, 0, -1};
-  double loss_size = 0, weight_size = 0;
+  wce_sums want = {.bad_row = -1};
+  double loss_size = 0, weight_size = 0, loss2_size = 0, weight2_size = 0;
   for (int64_t row = 0; row < now.rows; row++) {
     const expected_row *e = now.expected + row;
-    want.loss += e->loss, want.weight += e->weight, want.count += e->counts;
-    if (e->counts) loss_size += e->loss_size, weight_size += fabs(e->weight);
+    expected_row first = expect_half(&now.p, e, row, 0), second = expect_half(&now.p, e, row, 1);
+    want.count += e->counts;
+    want.loss += first.loss, want.weight += first.weight;
+    if (first.counts) loss_size += first.loss_size, weight_size += fabs(first.weight);
+    if (now.p.target2) want.loss2 += second.loss, want.weight2 += second.weight;
+    if (second.counts) loss2_size += second.loss_size, weight2_size += fabs(second.weight);
     if (e->bad && want.bad_row < 0) want.bad_row = row;
   }
   if (now.wild ? got->bad_row < -1 || got->bad_row >= now.rows : got->bad_row != want.bad_row)
@@ -369,6 +377,8 @@ static void check_sums(const wce_sums *got) {
   double terms = 1 + (double)now.rows / 256; /* rounding() allows for 256 of them */
   compare("sum of loss", -1, -1, WCE_F64, got->loss, want.loss, loss_size * terms);
   compare("sum of weight", -1, -1, WCE_F64, got->weight, want.weight, weight_size * terms);
+  compare("sum of loss2", -1, -1, WCE_F64, got->loss2, want.loss2, loss2_size * terms);
+  compare("sum of weight2", -1, -1, WCE_F64, got->weight2, want.weight2, weight2_size * terms);
   compare("count", -1, -1, WCE_F64, (double)got->count, (double)want.count, 0);
 }
 
@@ -394,7 +404,6 @@ static wce_row_outputs random_outputs(void) {
   if (stats) out.log_sum = buffer(now.rows, dtype_size(acc));
   out.lse = maybe_rows(now.wants_rows, acc);
   out.log_prob = maybe_rows(now.wants_rows && now.p.target, acc);
-  out.log_prob2 = maybe_rows(now.wants_rows && now.p.target2, acc);
   out.entropy = maybe_rows(now.wants_rows, acc);
   if (now.wants_rows && now.p.target && chance(50)) out.correct = buffer(now.rows, 1);
   return out;
@@ -436,6 +445,12 @@ static void spoil_uncounted(const void *grad, wce_dtype dtype) {
     if (!now.expected[row].counts) set_element((void *)grad, dtype, row, NAN);
 }
 
+static const void *random_denominator(wce_dtype acc) {
+  void *denominator = buffer(1, dtype_size(acc));
+  set_element(denominator, acc, 0, now.wild ? wild_value() : 0.5 + 10 * uniform());
+  return denominator;
+}
+
 static wce_row_grads random_grads(const wce_row_outputs *out) {
   wce_dtype acc = acc_dtype(now.p.dtype);
   wce_row_grads grads = {0};
@@ -445,16 +460,11 @@ static wce_row_grads random_grads(const wce_row_outputs *out) {
   if (!now.wants_rows || chance(80))
     grads.grad = random_upstream(grads.grad_stride ? now.rows : 1, grads.grad_dtype);
   if (grads.grad && grads.grad_stride && chance(50)) spoil_uncounted(grads.grad, grads.grad_dtype);
-  if (chance(50)) {
-    void *denominator = buffer(1, dtype_size(acc));
-    set_element(denominator, acc, 0, now.wild ? wild_value() : 0.5 + 10 * uniform());
-    grads.denominator = denominator;
-  }
+  if (chance(50)) grads.denominator = random_denominator(acc);
+  if (now.p.target2 && chance(50)) grads.denominator2 = random_denominator(acc);
   if (now.wants_rows && chance(50)) grads.grad_lse = random_upstream(now.rows, acc);
   if (now.wants_rows && now.p.target && chance(50))
     grads.grad_log_prob = random_upstream(now.rows, acc);
-  if (now.wants_rows && now.p.target2 && chance(50))
-    grads.grad_log_prob2 = random_upstream(now.rows, acc);
   return grads;
 }
 

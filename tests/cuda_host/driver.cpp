@@ -19,13 +19,13 @@ enum field {
   PROB_DTYPE, PROB_OUTER, PROB_CLASS, PROB_INNER, PROB_AT,
   DX_OUTER, DX_CLASS, DX_INNER, DX_AT, DX_BYTES,
   IGNORE, SKIP_EMPTY, REDUCTION, EMPTY_ZERO, LOSS_DTYPE, OUTPUTS, CHECK,
-  GRAD_DTYPE, GRAD_STRIDE, SAVED, HAS_DENOMINATOR,
+  GRAD_DTYPE, GRAD_STRIDE, SAVED, HAS_DENOMINATOR, MIX_STRIDE,
   REGIME, THREADS, LANES, TILE, COLUMNS, BLOCKS,
   SPIKE, FLOOR, SOFT, FIELDS = 64
 };
 enum array {
-  X, TARGET, TARGET2, PROB, WEIGHT, PRIOR, SAMPLE_WEIGHT, MASK, NORMALIZER,
-  GRAD, GRAD_LSE, GRAD_LOG_PROB, GRAD_LOG_PROB2, ARRAYS
+  X, TARGET, TARGET2, MIX, PROB, WEIGHT, PRIOR, SAMPLE_WEIGHT, MASK, NORMALIZER,
+  GRAD, GRAD_LSE, GRAD_LOG_PROB, ARRAYS
 };
 // Bits of OUTPUTS.
 enum { ROW_LOSS = 1, STATISTICS = 2, ROW_RESULTS = 4, ENTROPIES = 8, BACKWARD = 16 };
@@ -103,6 +103,8 @@ struct test_case {
     p.logits = {in[X].data, f[X_OUTER], f[X_CLASS], f[X_INNER]};
     p.target = reinterpret_cast<const int64_t *>(in[TARGET].data);
     p.target2 = reinterpret_cast<const int64_t *>(in[TARGET2].data);
+    p.mix = in[MIX].data;
+    p.mix_stride = f[MIX_STRIDE];
     p.prob = {in[PROB].data, f[PROB_OUTER], f[PROB_CLASS], f[PROB_INNER]};
     p.prob_dtype = static_cast<wce_dtype>(f[PROB_DTYPE]);
     p.weight = in[WEIGHT].data;
@@ -132,11 +134,12 @@ struct test_case {
   }
 
   void run() {
-    buffer loss, denominator, max, log_sum, row_loss, lse, log_prob, log_prob2, entropy, correct;
+    buffer loss, denominator, denominator2, max, log_sum, row_loss, lse, log_prob, entropy, correct;
     buffer bad, dx;
     const int64_t wants = f[OUTPUTS];
     loss.allocate(size_of(f[LOSS_DTYPE]));
     denominator.allocate(acc);
+    if (p.target2) denominator2.allocate(acc);
     if (wants & (STATISTICS | BACKWARD)) {
       max.allocate(rows * acc);
       log_sum.allocate(rows * acc);
@@ -145,7 +148,6 @@ struct test_case {
     if (wants & ROW_RESULTS) {
       lse.allocate(rows * acc);
       log_prob.allocate(rows * acc);
-      log_prob2.allocate(rows * acc);
       correct.allocate(rows);
     }
     if (wants & ENTROPIES) entropy.allocate(rows * acc);
@@ -153,12 +155,11 @@ struct test_case {
 
     const wce_row_outputs out = {max.data,      log_sum.data,  row_loss.data,
                                  static_cast<wce_dtype>(f[LOSS_DTYPE]),
-                                 lse.data,      log_prob.data, log_prob2.data,
-                                 entropy.data,  correct.data};
+                                 lse.data,      log_prob.data, entropy.data, correct.data};
     const wce_cuda_total total = {static_cast<wce_reduction>(f[REDUCTION]),
                                   static_cast<int32_t>(f[EMPTY_ZERO]), in[NORMALIZER].data,
                                   loss.data, static_cast<wce_dtype>(f[LOSS_DTYPE]),
-                                  denominator.data};
+                                  denominator.data, denominator2.data};
     {
       const wce_cuda_plan plan = adapt(wce_cuda_forward_plan(&p));
       buffer workspace;
@@ -178,9 +179,9 @@ struct test_case {
       g.grad_dtype = static_cast<wce_dtype>(f[GRAD_DTYPE]);
       g.grad_stride = f[GRAD_STRIDE];
       g.denominator = f[HAS_DENOMINATOR] ? denominator.data : nullptr;
+      g.denominator2 = f[HAS_DENOMINATOR] ? denominator2.data : nullptr;
       g.grad_lse = in[GRAD_LSE].data;
       g.grad_log_prob = in[GRAD_LOG_PROB].data;
-      g.grad_log_prob2 = in[GRAD_LOG_PROB2].data;
       const wce_cuda_plan plan = adapt(wce_cuda_backward_plan(&p, &g));
       buffer workspace;
       workspace.allocate(wce_cuda_backward_workspace(&plan, &p, &g));
@@ -188,7 +189,7 @@ struct test_case {
                              reinterpret_cast<uint64_t *>(bad.data), nullptr));
     }
     for (const buffer *b : {&loss, &denominator, &max, &log_sum, &row_loss, &lse, &log_prob,
-                            &log_prob2, &entropy, &correct, &bad, &dx})
+                            &entropy, &correct, &bad, &dx})
       write_array(*b);
   }
 };

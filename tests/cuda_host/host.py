@@ -154,6 +154,7 @@ class Job:
     x: torch.Tensor
     target: torch.Tensor = None
     target2: torch.Tensor = None
+    mix: torch.Tensor = None
     prob: torch.Tensor = None
     weight: torch.Tensor = None
     prior: torch.Tensor = None
@@ -164,7 +165,6 @@ class Job:
     grad: torch.Tensor = None
     grad_lse: torch.Tensor = None
     grad_log_prob: torch.Tensor = None
-    grad_log_prob2: torch.Tensor = None
     spike: float = 1.0
     floor: float = 0.0
     soft: float = 0.0
@@ -216,7 +216,7 @@ class Job:
             int(self.empty_zero), DTYPE_CODES[loss_dtype], wants, int(self.check),
             DTYPE_CODES[grad.dtype] if grad is not None else 0,
             int(grad is not None and grad.dim() > 0), int(self.saved),
-            int(self.reduction == "mean"),
+            int(self.reduction == "mean"), int(self.mix is not None and self.mix.dim() > 0),
             REGIMES[regime] if regime else -1,
             *(self.plan.get(k, -1) for k in ("threads", "lanes", "tile", "columns", "blocks")),
         ]
@@ -227,10 +227,10 @@ class Job:
         index = lambda t: plain(t.long()) if t is not None else None  # noqa: E731
         normalizer = None if self.normalizer is None else torch.tensor(self.normalizer)
         arrays = [raw_bytes(self.x), index(self.target), index(self.target2),
+                  acc(self.mix),
                   raw_bytes(self.prob) if self.prob is not None else None, acc(self.weight),
                   acc(self.prior), acc(self.sample_weight), plain(self.mask), acc(normalizer),
-                  plain(grad), acc(self.grad_lse), acc(self.grad_log_prob),
-                  acc(self.grad_log_prob2)]
+                  plain(grad), acc(self.grad_lse), acc(self.grad_log_prob)]
         parts = [head]
         for data in arrays:
             parts.append(struct.pack("<q", -1 if data is None else len(data)))
@@ -243,7 +243,7 @@ class Job:
         positions = shape[:1] + shape[2:] if len(shape) > 1 else ()
         loss_dtype = self.loss_dtype or self.x.dtype
         dtypes = dict(loss=loss_dtype, denominator=self.acc, max=self.acc, log_sum=self.acc,
-                      row_loss=loss_dtype, lse=self.acc, log_prob=self.acc, log_prob2=self.acc,
+                      row_loss=loss_dtype, lse=self.acc, log_prob=self.acc,
                       entropy=self.acc, correct=torch.bool, bad=torch.int64, dx=self.x.dtype)
         result = {"raw": b"".join(a for a in arrays if a is not None)}
         for (name, dtype), data in zip(dtypes.items(), arrays, strict=True):
@@ -299,7 +299,7 @@ def parse(jobs, output):
     at, results = 0, []
     for job in jobs:
         arrays = []
-        for _ in range(12):
+        for _ in range(11):
             (n,) = struct.unpack_from("<q", output, at)
             at += 8
             arrays.append(None if n < 0 else output[at:at + n])
