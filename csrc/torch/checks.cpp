@@ -236,13 +236,15 @@ void check_row_grad(const at::Tensor &input, const OptTensor &grad, const char *
 
 } // namespace
 
-bool saves_stats(const SymInt &classes) {
-  static const int64_t widest_without = [] { // a symbol is compared, never turned into a number
+// A formula without branches: a traced graph holds for any number of classes.
+SymInt stats_size(const SymInt &rows, const SymInt &classes) {
+  static const int64_t widest_without = [] {
     int64_t width = 0;
     while (!wce_saves_stats(width + 1)) width++;
     return width;
   }();
-  return classes > widest_without;
+  const SymInt saves = (classes - widest_without).max(0).min(1); // 0 or 1
+  return saves * rows * 2 + 1;
 }
 
 bool is_soft(const at::Tensor &input, const at::Tensor &target) {
@@ -265,8 +267,7 @@ void check_backward(const LossArgs &args, const SymInt &ignore_index, const at::
   check_loss(args, ignore_index);
   const at::Tensor &input = args.input;
   check_loss_grad(input, grad, args.reduction, "grad");
-  const bool saved = saves_stats(classes_of(input));
-  check_stats(stats, input, saved ? count_rows(input) * 2 + 1 : SymInt(1));
+  check_stats(stats, input, stats_size(count_rows(input), classes_of(input)));
 }
 
 void check_rows(const RowsArgs &args) {

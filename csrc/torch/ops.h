@@ -90,8 +90,8 @@ RowsBackwardFn rows_backward;
 // Soft targets are recognised by the shape alone: the same as the logits'.
 bool is_soft(const at::Tensor &input, const at::Tensor &target);
 
-// wce_saves_stats for sizes that may be symbolic.
-bool saves_stats(const c10::SymInt &classes);
+// Numbers in stats: the denominator, and m and L of each row where wce_saves_stats says so.
+c10::SymInt stats_size(const c10::SymInt &rows, const c10::SymInt &classes);
 
 // Views of the arguments, for the functions that look at all of them.
 struct LossArgs {

@@ -40,9 +40,9 @@ LossAndStats forward_meta(WCE_LOSS_PARAMS(SymInt)) {
   (void)empty_zero;
   const Rows rows = rows_of(input);
   const at::ScalarType type = loss_type(input, target, weight, is_soft(input, target), out_fp32);
-  const SymInt saved = saves_stats(rows.classes) ? rows.count * 2 + 1 : SymInt(1);
   at::Tensor loss = empty(
       reduction == WCE_NONE ? c10::SymIntArrayRef(rows.shape) : c10::SymIntArrayRef(), input, type);
+  const SymInt saved = stats_size(rows.count, rows.classes);
   return {loss, empty({saved}, input, acc_type(input.scalar_type()))};
 }
 
