@@ -75,6 +75,11 @@ def real_number(value, name, expected="float"):
     """A float from int, float, numpy number or 0-d tensor."""
     if isinstance(value, (float, int)):
         return value
+    if isinstance(value, torch.Tensor) and not _is_constant(value):
+        raise TypeError(
+            f"{name} must be {expected}, not Tensor (a 0-d tensor is taken if it has neither "
+            f"gradient nor tangent, which a number would lose; got shape {list(value.shape)})"
+        )
     if not isinstance(value, (str, bytes)) and hasattr(value, "__float__"):
         try:
             return float(value)
@@ -83,9 +88,20 @@ def real_number(value, name, expected="float"):
     raise TypeError(f"{name} must be {expected}, not {describe_type(value)}")
 
 
+def _is_constant(tensor):
+    tangent = torch.autograd.forward_ad.unpack_dual(tensor).tangent
+    return tensor.dim() == 0 and not tensor.requires_grad and tangent is None
+
+
 def acc_type(input):
     """The type of all arithmetic for these logits."""
     return torch.float64 if input.dtype == torch.float64 else torch.float32
+
+
+def is_autocast(input):
+    """Whether autocast is on for the device of these logits."""
+    kind = input.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def empty_zero(empty):
@@ -101,6 +117,7 @@ def is_readable(tensor):
         or torch._C._are_functorch_transforms_active()
         or type(tensor) not in (torch.Tensor, torch.nn.Parameter)
         or torch._C._len_torch_dispatch_stack()
+        or torch._ops._len_torch_dispatch_stack_pre_dispatch()
     )
 
 
@@ -182,7 +199,9 @@ def normalizer_tensor(normalizer, input):
         raise TypeError(
             f"normalizer: expected a number or a 0-d tensor, got {describe(normalizer)}"
         )
-    return torch.full((), float(normalizer), dtype=acc_type(input), device=input.device)
+    # A product, because torch.compile makes a graph for each value that torch.full gets.
+    one = torch.ones((), dtype=acc_type(input), device=input.device)
+    return one * real_number(normalizer, "normalizer")
 
 
 def check_mixed_targets(input, target_a, target_b):

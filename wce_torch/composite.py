@@ -273,6 +273,7 @@ def result_type(input, target, weight, soft, out_fp32):
     return torch.promote_types(dtype, torch.float32) if out_fp32 else dtype
 
 
-for _name, _function in (("composite", composite), ("rows_composite", rows_composite)):
-    _LIBRARY.impl(_name, _function, "CompositeImplicitAutograd")
-    _LIBRARY.impl(_name, _function, "FuncTorchDynamicLayerFrontMode")
+# Transforms and traces would take an operator without a kernel of its own for one piece.
+for _key in ("CompositeImplicitAutograd", "FuncTorchDynamicLayerFrontMode", "Tracer"):
+    _LIBRARY.impl("composite", composite, _key)
+    _LIBRARY.impl("rows_composite", rows_composite, _key)

@@ -158,8 +158,12 @@ def _general(
     extra = {} if plain else operator_options(input, **options)
     if why is not None:
         arguments.leave_fused(why)
-        return composite.composite(*args, **extra)
+        return composite.composite(*args, **extra, out_fp32=arguments.is_autocast(input))
     return torch.ops.wce.cross_entropy(*args, **extra)
+
+
+# A program of TorchScript that calls this function gets torch's own.
+cross_entropy.__prepare_scriptable__ = lambda: _native_cross_entropy
 
 
 def _overridden(input, target, weight, legacy, options):
@@ -369,9 +373,12 @@ def class_weight_sum(
     counts = target != arguments.index_number(ignore_index)
     if weight is None:
         return counts.sum().to(torch.float32)
-    if weight.dim() != 1:
+    if not isinstance(weight, torch.Tensor):
+        raise TypeError(f"argument 'weight' must be Tensor, not {type(weight).__name__}")
+    if weight.dim() != 1 or weight.is_complex():
         raise ValueError(
-            "weight: expected one factor per class, shape [C], got " + arguments.describe(weight)
+            "weight: expected one real factor per class, shape [C], got "
+            + arguments.describe(weight)
         )
     y = torch.where(counts, target, 0)
     if arguments.is_readable(y) and y.numel():

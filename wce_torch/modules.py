@@ -49,6 +49,16 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
             log_prior = arguments.log_prior(class_prior).float().detach()
         self.register_buffer("log_prior", log_prior)
 
+    def __prepare_scriptable__(self):
+        """``torch.jit.script`` asks here; the program holds PyTorch's own operator."""
+        if self.log_prior is not None or self.empty != "nan":
+            raise RuntimeError(
+                "wce_torch.CrossEntropyLoss with class_prior or empty='zero' cannot be scripted: "
+                "PyTorch's own operator, which TorchScript gets, has neither. torch.jit.trace, "
+                "torch.export and torch.compile take it"
+            )
+        return self
+
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """The loss of ``target`` under the logits ``input``."""
         if torch.jit.is_scripting():  # TorchScript gets PyTorch's own operator

@@ -6,17 +6,23 @@ them all, wherever they were imported; what we do not serve goes on to the origi
 """
 
 import contextlib
+import os
 import threading
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 from torch.overrides import has_torch_function
+from torch.utils._config_module import _UNSET_SENTINEL
 
 from . import arguments, functional
 
 _TAG = "wce_torch"
 _lock = threading.RLock()
+if hasattr(os, "register_at_fork"):  # a child must not inherit a lock that another thread holds
+    os.register_at_fork(
+        before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release
+    )
 _scopes = 0  # open `with patched()` blocks, in all threads
 _wanted = False  # patch() was called last, not unpatch()
 _previous = None  # what the attribute held before; None: not patched
@@ -110,10 +116,14 @@ def _apply() -> None:
 
 def _set_cache_tag(active: bool) -> None:
     """Compile caches on disk are keyed by the graph, which holds F.cross_entropy in either case;
-    without a tag a patched process would replay what an unpatched one compiled, and the reverse."""
-    config = torch.compiler.config
-    tags = [tag for tag in config.cache_key_tag.split(";") if tag and tag != _TAG]
-    config.cache_key_tag = ";".join([*tags, _TAG] if active else tags)
+    without a tag a patched process would replay what an unpatched one compiled, and the reverse.
+
+    An assignment to the setting would hold for the calling thread alone (torch 2.12 and later), a
+    value from the environment holds for all; what the user had set is kept in front of the tag."""
+    entry = torch.compiler.config._config["cache_key_tag"]
+    entry.env_value_force = _UNSET_SENTINEL
+    if active:
+        entry.env_value_force = f"{torch.compiler.config.cache_key_tag};{_TAG}"
 
 
 def _register_builtin() -> None:

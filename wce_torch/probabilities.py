@@ -81,7 +81,7 @@ def nll_loss(
     reduction = _REDUCTIONS[arguments.reduction_code(reduction, size_average, reduce)]
     if _torch_does_as_well(input, target, weight, reduction) or _torch_raises(input, weight):
         return _torch_nll_loss(input, target, weight, ignore_index, reduction)
-    autocast = _autocast(input)
+    autocast = arguments.is_autocast(input)
     with _without_autocast(input):
         target = _wide(target)
         if _is_small(input):
@@ -169,7 +169,7 @@ def cross_entropy_from_probs(
         return _soft(probs, target, weight, ignore_index, reduction)
     if _torch_raises(probs, weight):
         _torch_nll_loss(probs, target, weight, ignore_index, "none")
-    autocast = _autocast(probs)
+    autocast = arguments.is_autocast(probs)
     with _without_autocast(probs):
         target = _wide(target)
         picked = -_pick_negated(probs, target, ignore_index)
@@ -301,7 +301,7 @@ def _soft(
     if weight is not None:
         dtype = torch.promote_types(dtype, weight.dtype)
         weight = weight.view((-1,) + (1,) * (probs.dim() - 1 - _class_dim(probs)))
-    autocast = _autocast(probs)
+    autocast = arguments.is_autocast(probs)
     with _without_autocast(probs):
         if _wants_formula(probs, target, weight):
             rows = _soft_formula(probs, target, weight, _acc(dtype))
@@ -464,14 +464,9 @@ def _wide(target: Tensor) -> Tensor:
     return target.long() if target.dtype in _NARROW_INDEX_DTYPES else target
 
 
-def _autocast(input: Tensor) -> bool:
-    device = input.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-
-
 def _without_autocast(input: Tensor):
     """Autocast would copy 16-bit input to float32; the arithmetic here is in float32 anyway."""
-    if _autocast(input):
+    if arguments.is_autocast(input):
         return torch.autocast(input.device.type, enabled=False)
     return contextlib.nullcontext()
 

@@ -75,7 +75,6 @@ def cross_entropy_with_stats(
     index, prob = (None, target) if soft else (target, None)
     if not soft:
         check_class_weight(weight)
-    classes = _classes(input)
     loss, _, lse, log_prob, entropy, correct = _rows(
         input,
         index,
@@ -84,7 +83,7 @@ def cross_entropy_with_stats(
         options.get("log_prior"),
         mask,
         0.0 if soft else 1.0 - smoothing,
-        smoothing / classes if smoothing else 0.0,
+        _floor(smoothing, input),
         1.0 - smoothing if soft else 0.0,
         ignore_index,
         options["skip_empty"],
@@ -110,12 +109,14 @@ def _rows(input, target, target_prob, weight, log_prior, *rest, **keywords):
 
 
 def _result_type(input, target, weight, soft):
-    autocast = torch.is_autocast_enabled(input.device.type)
-    return composite.result_type(input, target, weight, soft, autocast)
+    out_fp32 = arguments.is_autocast(input)
+    return composite.result_type(input, target, weight, soft, out_fp32)
 
 
-def _classes(input):
-    return input.shape[0 if input.dim() <= 1 else 1] if input.dim() else 1
+def _floor(smoothing, input):
+    """What label smoothing gives to every class; without classes the operator raises."""
+    classes = input.shape[0 if input.dim() == 1 else 1] if input.dim() else 0
+    return smoothing / classes if smoothing and classes else 0.0
 
 
 def _check_smoothing(label_smoothing):

@@ -300,7 +300,10 @@ struct RowsCall {
   double spike, floor, soft;
   const SymInt &ignore_index;
   int64_t reduction;
-  bool skip_empty, entropy, empty_zero;
+  bool skip_empty, wants_entropy, empty_zero;
+  // Results without gradients. They do not pass through apply(): compiled autograd has no place for
+  // outputs that are marked as not differentiable.
+  Tensor &stats, &entropy, &correct;
 };
 
 class RowStatistics : public torch::autograd::Function<RowStatistics> {
@@ -309,13 +312,14 @@ public:
 
   static variable_list forward(AutogradContext *ctx, const Tensor &input, const RowsCall &call) {
     at::AutoDispatchBelowAutograd below;
-    auto [loss, stats, lse, log_prob, entropy, correct] = wce::rows_forward(
+    Tensor loss, lse, log_prob;
+    std::tie(loss, call.stats, lse, log_prob, call.entropy, call.correct) = wce::rows_forward(
         input, call.target, call.target_prob, call.weight, call.log_prior, call.mask, call.spike,
-        call.floor, call.soft, call.ignore_index, call.skip_empty, call.entropy,
+        call.floor, call.soft, call.ignore_index, call.skip_empty, call.wants_entropy,
         call.sample_weight, call.normalizer, call.reduction, call.empty_zero);
     const auto value = [](const OptTensor &tensor) { return tensor ? *tensor : Tensor(); };
     ctx->save_for_backward({input, value(call.target), value(call.target_prob), value(call.weight),
-                            value(call.log_prior), value(call.mask), stats,
+                            value(call.log_prior), value(call.mask), call.stats,
                             value(call.sample_weight)});
     ctx->saved_data["reduction"] = call.reduction;
     ctx->saved_data["spike"] = call.spike;
@@ -323,9 +327,8 @@ public:
     ctx->saved_data["soft"] = call.soft;
     ctx->saved_data["ignore_index"] = call.ignore_index;
     ctx->saved_data["skip_empty"] = call.skip_empty;
-    ctx->mark_non_differentiable({stats, entropy, correct});
     ctx->set_materialize_grads(false);
-    return {loss, stats, lse, log_prob, entropy, correct};
+    return {loss, lse, log_prob};
   }
 
   static variable_list backward(AutogradContext *ctx, const variable_list &grads) {
@@ -336,8 +339,8 @@ public:
     auto &data = ctx->saved_data;
     variable_list result(2);
     result[0] = wce::rows_backward(
-        optional(grads[0]), optional(grads[2]),
-        saved[1].defined() ? optional(grads[3]) : OptTensor(), // else of shape (0), as log_prob
+        optional(grads[0]), optional(grads[1]),
+        saved[1].defined() ? optional(grads[2]) : OptTensor(), // else of shape (0), as log_prob
         saved[0], optional(saved[1]), optional(saved[2]), optional(saved[3]), optional(saved[4]),
         optional(saved[5]), saved[6], data["spike"].toDouble(), data["floor"].toDouble(),
         data["soft"].toDouble(), data["ignore_index"].toSymInt(), data["skip_empty"].toBool(),
@@ -349,21 +352,26 @@ public:
 
 namespace {
 
+RowsResult leave_to_rows_composite(WCE_ROWS_PARAMS(SymInt), const char *why) {
+  const RowsArgs args{input, target, target_prob, weight, log_prior, mask, sample_weight,
+                      normalizer, reduction, spike, floor, soft, skip_empty};
+  leave_fused(why);
+  check_rows(args);
+  return rows_composite(WCE_ROWS_ARGS);
+}
+
 RowsResult rows_autograd(WCE_ROWS_PARAMS(SymInt)) {
   const RowsArgs args{input, target, target_prob, weight, log_prior, mask, sample_weight,
                       normalizer, reduction, spike, floor, soft, skip_empty};
   const Route route = route_rows(args);
-  if (route.path != Path::fused) {
-    leave_fused(route.why);
-    check_rows(args);
-    return rows_composite(WCE_ROWS_ARGS);
-  }
+  if (route.path != Path::fused) return leave_to_rows_composite(WCE_ROWS_ARGS, route.why);
   if (any_needs_grad(input)) {
+    Tensor stats, entropies, correct;
     const RowsCall call{target,     target_prob, weight, log_prior, mask,         sample_weight,
                         normalizer, spike,       floor,  soft,      ignore_index, reduction,
-                        skip_empty, entropy,     empty_zero};
+                        skip_empty, entropy,     empty_zero, stats, entropies,    correct};
     const variable_list out = RowStatistics::apply(input, call);
-    return {out[0], out[1], out[2], out[3], out[4], out[5]};
+    return {out[0], stats, out[1], out[2], entropies, correct};
   }
   at::AutoDispatchBelowAutograd below;
   return rows_forward(WCE_ROWS_ARGS);
@@ -415,15 +423,15 @@ Tensor cross_entropy_functorch(WCE_LOSS_PARAMS(SymInt)) {
                       log_prior, sample_weight, mask,   normalizer, skip_empty, target2, mix};
   leave_fused("a transform of torch.func is active");
   check_loss(args, ignore_index);
+  // Transforms come before autocast, which therefore has not been here.
+  const c10::DeviceType device = input.device().type();
+  out_fp32 = at::autocast::is_autocast_available(device) &&
+             at::autocast::is_autocast_enabled(device);
   return composite(WCE_LOSS_ARGS);
 }
 
 RowsResult rows_functorch(WCE_ROWS_PARAMS(SymInt)) {
-  const RowsArgs args{input, target, target_prob, weight, log_prior, mask, sample_weight,
-                      normalizer, reduction, spike, floor, soft, skip_empty};
-  leave_fused("a transform of torch.func is active");
-  check_rows(args);
-  return rows_composite(WCE_ROWS_ARGS);
+  return leave_to_rows_composite(WCE_ROWS_ARGS, "a transform of torch.func is active");
 }
 
 // TorchScript and the ONNX exporter on top of it know native's operators only.
@@ -435,6 +443,10 @@ Tensor cross_entropy_tracer(WCE_LOSS_PARAMS(SymInt)) {
   leave_fused(why);
   check_loss(args, ignore_index);
   return composite(WCE_LOSS_ARGS);
+}
+
+RowsResult rows_tracer(WCE_ROWS_PARAMS(SymInt)) {
+  return leave_to_rows_composite(WCE_ROWS_ARGS, "TorchScript is tracing");
 }
 
 } // namespace
@@ -467,4 +479,7 @@ TORCH_LIBRARY_IMPL(wce, FuncTorchDynamicLayerFrontMode, m) {
   m.impl("rows_backward", wce::rows_backward_composite);
 }
 
-TORCH_LIBRARY_IMPL(wce, Tracer, m) { m.impl("cross_entropy", wce::cross_entropy_tracer); }
+TORCH_LIBRARY_IMPL(wce, Tracer, m) {
+  m.impl("cross_entropy", wce::cross_entropy_tracer);
+  m.impl("rows_forward", wce::rows_tracer);
+}

@@ -1,6 +1,8 @@
 // bindings.cpp -- the module wce_torch._C: the fast entry of eager mode, and control of the CPU
 // kernels.
 #include <ATen/core/Tensor.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include <string>
@@ -18,10 +20,15 @@ const OptTensor no_tensor;
 // ---- arguments as native takes them ------------------------------------------------------------
 
 [[noreturn]] void wrong_type(const char *name, int position, const char *expected,
-                             const py::handle &value) {
+                             const py::handle &value, const char *why = "") {
   throw py::type_error("cross_entropy_loss(): argument '" + std::string(name) + "' (position " +
                        std::to_string(position) + ") must be " + expected + ", not " +
-                       Py_TYPE(value.ptr())->tp_name);
+                       Py_TYPE(value.ptr())->tp_name + why);
+}
+
+bool is_constant(const at::Tensor &tensor) {
+  return tensor.dim() == 0 && !tensor.requires_grad() &&
+         !torch::autograd::isFwGradDefined(tensor);
 }
 
 // int, numpy integer, 0-d tensor, SymInt; not bool.
@@ -41,6 +48,10 @@ c10::SymInt to_ignore_index(const py::handle &value) {
 // float, int, numpy number, 0-d tensor; no strings.
 double to_label_smoothing(const py::handle &value) {
   if (PyFloat_CheckExact(value.ptr())) return PyFloat_AS_DOUBLE(value.ptr());
+  if (THPVariable_Check(value.ptr()) && !is_constant(THPVariable_Unpack(value.ptr())))
+    wrong_type("label_smoothing", 6, "float", value,
+               " (a 0-d tensor is taken if it has neither gradient nor tangent, which a number "
+               "would lose)");
   const double number = PyFloat_AsDouble(value.ptr());
   if (number == -1.0 && PyErr_Occurred()) {
     PyErr_Clear();

@@ -251,14 +251,15 @@ void check_row_grad(const at::Tensor &input, const OptTensor &grad, const char *
 
 } // namespace
 
+// A formula without branches: a traced graph holds for any number of classes.
 SymInt stats_size(const at::Tensor &input, bool is_mixture) {
-  static const int64_t widest_without = [] { // a symbol is compared, never turned into a number
+  static const int64_t widest_without = [] {
     int64_t width = 0;
     while (!wce_saves_stats(width + 1)) width++;
     return width;
   }();
-  const SymInt saved = classes_of(input) > widest_without ? count_rows(input) * 2 : SymInt(0);
-  return saved + (is_mixture ? 2 : 1);
+  const SymInt saves = (classes_of(input) - widest_without).max(0).min(1); // 0 or 1
+  return saves * count_rows(input) * 2 + (is_mixture ? 2 : 1);
 }
 
 bool is_soft(const at::Tensor &input, const at::Tensor &target) {
