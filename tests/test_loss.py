@@ -319,21 +319,25 @@ def test_all_ignored_one_dimension():
     assert (torch.autograd.grad(loss, x)[0] == 0).all()
 
 
-@pytest.mark.parametrize("shape", [(5, 3), (2, 3, 4), (2, 3, 4, 5), (2, 3, 2, 2, 2)], ids=str)
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_total_weight_is_zero(shape, smoothing):
-    """Every target has weight 0: mean is nan; so are the gradients of rows that count."""
-    x = torch.randn(shape, requires_grad=True)
-    y = torch.zeros(shape[:1] + shape[2:], dtype=torch.long)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("others", [0.0, 1.0, -1.0], ids=["all_0", "others_1", "others_minus_1"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("shape", [(5, 3), (2, 40), (2, 3, 4), (2, 3, 4, 5), (2, 3, 2, 2, 2)],
+                         ids=str)
+def test_total_weight_is_zero(shape, smoothing, others, dtype, device):
+    """Every target has weight 0: mean is nan; so are the gradients of rows that count. Also with
+    smoothing, whose term is not 0: native divides it and the 0 of the targets apart."""
+    x = torch.randn(shape, device=device, dtype=DTYPES[dtype], requires_grad=True)
+    y = torch.zeros(shape[:1] + shape[2:], dtype=torch.long, device=device)
     y.view(-1)[-1] = -100
-    w = torch.tensor([0.0, 1.0, 1.0])
-    loss = ce(x, y, w, label_smoothing=smoothing)
-    assert loss.isnan() if smoothing == 0 else not loss.isfinite()
-    (grad,) = torch.autograd.grad(loss, x)
-    rows = grad.movedim(1, -1).reshape(-1, 3)
-    if smoothing == 0:
-        assert rows[:-1].isnan().all()
-    assert not rows[:-1].isfinite().any() and (rows[-1] == 0).all()
+    w = torch.full(shape[1:2], others, device=device, dtype=x.dtype)
+    w[0] = 0.0
+    for loss_fn in (ce, F.cross_entropy):
+        loss = loss_fn(x, y, w, label_smoothing=smoothing)
+        assert loss.isnan(), loss_fn
+        (grad,) = torch.autograd.grad(loss, x)
+        rows = grad.movedim(1, -1).reshape(-1, shape[1])
+        assert rows[:-1].isnan().all() and (rows[-1] == 0).all(), loss_fn
     for reduction in ("none", "sum"):
         check(ce, x, y, {"weight": w, "label_smoothing": smoothing, "reduction": reduction})
 

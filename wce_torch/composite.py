@@ -203,7 +203,9 @@ def _reduced(rows, counts, target, weight, sample_weight, normalizer, reduction,
     if reduction == SUM:
         return total
     if normalizer is None:
-        denominator = row_weights(counts, target, weight, sample_weight, rows.dtype).sum()
+        denominator = own_denominator(
+            row_weights(counts, target, weight, sample_weight, rows.dtype).sum()
+        )
     else:
         denominator = normalizer.to(rows.dtype).reshape(())
     mean = total / denominator
@@ -219,6 +221,12 @@ def row_weights(counts, target, weight, sample_weight, acc):
     if sample_weight is not None:
         value = value * sample_weight.to(acc).reshape(counts.shape)
     return torch.where(counts, value, 0.0)
+
+
+def own_denominator(weight):
+    """The mean's own denominator from the sum of the rows' weights. Where that is 0 the mean and
+    its gradient are nan, as without smoothing (0/0): the smoothing term over 0 would be inf."""
+    return torch.where(weight == 0, torch.nan, weight)
 
 
 # ---- shapes and types --------------------------------------------------------------------------

@@ -193,7 +193,9 @@ def _reduced(loss, row_weights, reduction):
         return loss
     wide = torch.float64 if loss.device.type in ("cpu", "cuda", "meta") else loss.dtype
     total = loss.sum(dtype=wide)
-    return total / row_weights.sum(dtype=wide) if reduction == composite.MEAN else total
+    if reduction == composite.SUM:
+        return total
+    return total / composite.own_denominator(row_weights.sum(dtype=wide))
 
 
 def _result_type(input, target, weight, soft):

@@ -156,7 +156,8 @@ template <class A>
 WCE_DEVICE void finish_total(const wce_cuda_total &t, const sums &all) {
   double denominator = 1, loss = all.loss;
   if (t.reduction == WCE_MEAN) {
-    denominator = t.normalizer ? static_cast<double>(value_at<A>(t.normalizer, 0)) : all.weight;
+    denominator = t.normalizer ? static_cast<double>(value_at<A>(t.normalizer, 0))
+                               : wce_own_denominator(all.weight);
     loss /= denominator;
     if (t.empty_zero && !all.any) {
       loss = 0;

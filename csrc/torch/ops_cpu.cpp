@@ -10,6 +10,7 @@
 #include <limits>
 #include <vector>
 
+#include "../loss_math.h"
 #include "ops.h"
 
 namespace wce {
@@ -99,7 +100,8 @@ void set_stats_pointers(const at::Tensor &stats, const Problem &problem, void **
 // The denominator, and the loss unless it is per row: in double, rounded once.
 void set_loss(const at::Tensor &loss, const at::Tensor &stats, const wce_sums &sums,
               const OptTensor &normalizer, int64_t reduction, bool empty_zero) {
-  const double denominator = normalizer ? normalizer->item().toDouble() : sums.weight;
+  const double denominator = normalizer ? normalizer->item().toDouble()
+                                        : wce_own_denominator(sums.weight);
   set_value(stats, denominator);
   if (reduction == WCE_SUM) set_value(loss, sums.loss);
   if (reduction == WCE_MEAN)
