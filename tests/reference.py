@@ -144,7 +144,8 @@ def reference(x, target, weight=None, *, ignore_index=-100, reduction="mean", la
     lp = torch.where(bad[:, None], math.nan, t - big_l[:, None])
     dprob = dweight = None
     if is_soft:
-        dprob = torch.where(counts[:, None], -ks[:, None] * (1 - smooth) * w * lp, 0.0)
+        slope = torch.where((w == 0) & ~bad[:, None], 0.0, (1 - smooth) * w * lp)
+        dprob = torch.where(counts[:, None], -ks[:, None] * slope, 0.0)
         # A class without a part of its row adds nothing, also where its logit is -inf.
         terms = torch.where((part == 0) & ~bad[:, None], 0.0, part * lp)
         dweight = -torch.where(counts[:, None], ks[:, None] * terms, 0.0).sum(0)

@@ -281,6 +281,10 @@ def test_no_classes(shape):
     soft = torch.randn(shape)
     none = ce(x, soft, reduction="none")
     assert none.shape == positions and (none == 0).all()
+    for smoothing in (0.0, 1.0):
+        leaves = [t.clone().requires_grad_() for t in (x, soft)]
+        loss = ce(*leaves, reduction="sum", label_smoothing=smoothing)
+        assert [g.shape for g in torch.autograd.grad(loss, leaves)] == [x.shape, x.shape]
     assert ce(x, soft, reduction="sum") == 0 and ce(x, soft, reduction="mean").isnan()
     loss = ce(x, soft, reduction="sum")
     assert torch.autograd.grad(loss, x)[0].shape == shape
@@ -457,9 +461,27 @@ def test_masked_logits_with_probability_zero():
     assert_near(x.grad, want.dx, 4)
     assert_near(w.grad, want.dweight, 4)
     assert q.grad[0, 1] == INF and q.grad[1, 0] == INF  # it is true: more of q there costs inf
-    # Weight 0 at a class with logit -inf and positive probability.
-    zero = torch.tensor([1.0, 0.0, 3.0])
-    assert ce(x[:1], torch.tensor([[0.25, 0.5, 0.25]]), zero).isfinite()
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.5])
+@pytest.mark.parametrize("q0, w0", [(0.5, 0.0), (0.0, 0.0), (0.0, -2.0), (0.5, -2.0)])
+def test_soft_gradients_at_minus_infinity(q0, w0, smoothing):
+    """Where a = w*q is 0 the class adds nothing, but growth of the one factor from 0 makes the
+    loss infinite if the other is not 0. Native agrees wherever it is not nan (0 * inf)."""
+    x = torch.tensor([[-INF, 1.0, 2.0], [1.0, 0.0, 3.0]]).double()
+    q = torch.tensor([[q0, 0.2, 0.3], [0.1, 0.7, 0.2]]).double()
+    w = torch.tensor([w0, 1.0, 2.0]).double()
+    results = []
+    for loss_fn in (ce, F.cross_entropy):
+        leaves = [t.clone().requires_grad_() for t in (x, q, w)]
+        loss = loss_fn(*leaves, label_smoothing=smoothing)
+        results.append([loss, *torch.autograd.grad(loss, leaves)])
+    want = reference(x, q, w, label_smoothing=smoothing)
+    names = ("loss", "dx", "dprob", "dweight")
+    for name, ours, native in zip(names, *results, strict=True):
+        torch.testing.assert_close(ours, getattr(want, name), msg=name)
+        torch.testing.assert_close(torch.where(native.isnan(), ours, native), ours, msg=name)
+    assert w0 != 0 or results[0][0].isfinite()
 
 
 def test_zero_weight_at_minus_infinity_target():
