@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import peak_bytes
 from reference import (
     DTYPES,
     FEATURE_CASES,
@@ -24,7 +25,6 @@ from reference import (
     run,
     same_bits,
 )
-from test_ops import peak_bytes
 
 import wce_torch
 

@@ -166,8 +166,8 @@ def minus_product(a, shifted):
 
 
 def _slope_at_minus_inf(factor, other, shifted):
-    """0, with an infinite slope in ``factor`` where a = factor*other is 0 for its sake and x = -inf:
-    if it grew from 0 there, the loss would be infinite."""
+    """0, with an infinite slope in ``factor`` where it alone makes a = factor*other zero and
+    x = -inf: if it grew from 0 there, the loss would be infinite."""
     steep = torch.isneginf(shifted) & (factor == 0) & (other != 0)
     growth = (factor - factor.detach()) * other.detach().sign()
     huge = torch.finfo(shifted.dtype).max
