@@ -88,15 +88,6 @@ LossAndStats forward_no_classes(const LossArgs &args, const Problem &problem, in
   return {std::move(loss), std::move(stats)};
 }
 
-// Type as stored; the pointers of m and L in stats = [denominator, m[rows], L[rows]].
-void set_stats_pointers(const at::Tensor &stats, const Problem &problem, void **max,
-                        void **log_sum) {
-  char *data = static_cast<char *>(stats.mutable_data_ptr());
-  const int64_t size = static_cast<int64_t>(stats.itemsize());
-  *max = data + size;
-  *log_sum = data + size * (1 + problem.rows);
-}
-
 // The denominator, and the loss unless it is per row: in double, rounded once.
 void set_loss(const at::Tensor &loss, const at::Tensor &stats, const wce_sums &sums,
               const OptTensor &normalizer, int64_t reduction, bool empty_zero) {
@@ -121,7 +112,7 @@ LossAndStats forward_cpu(WCE_LOSS_PARAMS(int64_t)) {
   at::Tensor stats = empty({saves ? 1 + 2 * problem.rows : 1}, problem.acc);
   at::Tensor loss = reduction == WCE_NONE ? empty(problem.row_shape(), type) : empty({}, type);
   wce_row_outputs out{};
-  if (saves) set_stats_pointers(stats, problem, &out.max, &out.log_sum);
+  if (saves) set_stats(out, stats, problem);
   if (reduction == WCE_NONE) out.loss = loss.mutable_data_ptr();
   out.loss_dtype = dtype_of(type);
 
@@ -142,12 +133,7 @@ at::Tensor backward_cpu(WCE_BACKWARD_PARAMS(int64_t)) {
 
   wce_row_grads grads{};
   grads.dx = dx.view();
-  if (wce_saves_stats(problem.c.classes)) {
-    void *max, *log_sum;
-    set_stats_pointers(stats, problem, &max, &log_sum);
-    grads.max = max;
-    grads.log_sum = log_sum;
-  }
+  if (wce_saves_stats(problem.c.classes)) set_stats(grads, stats, problem);
   c10::MaybeOwned<at::Tensor> grad_owner;
   set_grad(grads, grad, grad_owner);
   if (reduction == WCE_MEAN) grads.denominator = stats.const_data_ptr();
@@ -180,7 +166,7 @@ RowsResult rows_forward_cpu(WCE_ROWS_PARAMS(int64_t)) {
     return asked ? tensor.mutable_data_ptr() : nullptr;
   };
   wce_row_outputs out{};
-  set_stats_pointers(stats, problem, &out.max, &out.log_sum);
+  set_stats(out, stats, problem);
   out.loss = pointer(loss, reduction == WCE_NONE);
   out.loss_dtype = dtype_of(acc);
   out.lse = lse.mutable_data_ptr();
@@ -206,21 +192,9 @@ at::Tensor rows_backward_cpu(WCE_ROWS_BACKWARD_PARAMS(int64_t)) {
 
   wce_row_grads grads{};
   grads.dx = dx.view();
-  void *max, *log_sum;
-  set_stats_pointers(stats, problem, &max, &log_sum);
-  grads.max = max;
-  grads.log_sum = log_sum;
+  set_stats(grads, stats, problem);
   if (reduction == WCE_MEAN) grads.denominator = stats.const_data_ptr();
-  c10::MaybeOwned<at::Tensor> loss_owner, lse_owner, log_prob_owner, log_prob2_owner;
-  if (grad_loss) set_grad(grads, *grad_loss, loss_owner);
-  const auto as_acc = [&](const OptTensor &grad, c10::MaybeOwned<at::Tensor> &owner) {
-    if (!grad) return static_cast<const void *>(nullptr);
-    owner = rows_as(*grad, problem.acc);
-    return owner->const_data_ptr();
-  };
-  grads.grad_lse = as_acc(grad_lse, lse_owner);
-  grads.grad_log_prob = as_acc(grad_log_prob, log_prob_owner);
-  grads.grad_log_prob2 = as_acc(grad_log_prob2, log_prob2_owner);
+  const RowGrads upstream(grads, problem.acc, grad_loss, grad_lse, grad_log_prob, grad_log_prob2);
   run_backward(problem, grads);
   return dx.finish();
 }

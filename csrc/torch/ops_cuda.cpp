@@ -93,16 +93,6 @@ void run_backward(const Problem &problem, const Tensor &input, const wce_row_gra
                                  check.row(), stream));
 }
 
-// m and L in stats = [denominator, m[rows], L[rows]].
-template <class Pointer>
-void set_stats_pointers(const Tensor &stats, int64_t first, int64_t rows, Pointer *max,
-                        Pointer *log_sum) {
-  char *data = static_cast<char *>(const_cast<void *>(stats.const_data_ptr()));
-  const int64_t size = static_cast<int64_t>(stats.itemsize());
-  *max = data + size * first;
-  *log_sum = data + size * (first + rows);
-}
-
 // Without classes there is nothing to add up, but an index target can still be wrong.
 LossAndStats forward_no_classes(const LossArgs &args, Problem &problem, at::ScalarType type) {
   const bool soft = is_soft(args.input, args.target);
@@ -165,7 +155,7 @@ LossAndStats forward_cuda(WCE_LOSS_PARAMS(int64_t)) {
                                 options.dtype(type));
   wce_row_outputs out{};
   out.loss_dtype = dtype_of(type);
-  if (saves) set_stats_pointers(stats, 1, problem.rows, &out.max, &out.log_sum);
+  if (saves) set_stats(out, stats, problem);
   if (reduction == WCE_NONE) out.loss = loss.mutable_data_ptr();
 
   Tensor given;
@@ -187,8 +177,7 @@ Tensor backward_cuda(WCE_BACKWARD_PARAMS(int64_t)) {
 
   wce_row_grads grads{};
   grads.dx = dx.view();
-  if (wce_saves_stats(problem.c.classes))
-    set_stats_pointers(stats, 1, problem.rows, &grads.max, &grads.log_sum);
+  if (wce_saves_stats(problem.c.classes)) set_stats(grads, stats, problem);
   c10::MaybeOwned<Tensor> grad_owner;
   set_grad(grads, grad, grad_owner);
   if (reduction == WCE_MEAN) grads.denominator = stats.const_data_ptr();
@@ -225,7 +214,7 @@ RowsResult rows_forward_cuda(WCE_ROWS_PARAMS(int64_t)) {
     return asked ? tensor.mutable_data_ptr() : nullptr;
   };
   wce_row_outputs out{};
-  set_stats_pointers(stats, 1, problem.rows, &out.max, &out.log_sum);
+  set_stats(out, stats, problem);
   out.loss = pointer(loss, reduction == WCE_NONE);
   out.loss_dtype = dtype_of(acc);
   out.lse = lse.mutable_data_ptr();
@@ -252,18 +241,9 @@ Tensor rows_backward_cuda(WCE_ROWS_BACKWARD_PARAMS(int64_t)) {
 
   wce_row_grads grads{};
   grads.dx = dx.view();
-  set_stats_pointers(stats, 1, problem.rows, &grads.max, &grads.log_sum);
+  set_stats(grads, stats, problem);
   if (reduction == WCE_MEAN) grads.denominator = stats.const_data_ptr();
-  c10::MaybeOwned<Tensor> loss_owner, lse_owner, log_prob_owner, log_prob2_owner;
-  if (grad_loss) set_grad(grads, *grad_loss, loss_owner);
-  const auto as_acc = [&](const OptTensor &one, c10::MaybeOwned<Tensor> &owner) {
-    if (!one) return static_cast<const void *>(nullptr);
-    owner = rows_as(*one, problem.acc);
-    return owner->const_data_ptr();
-  };
-  grads.grad_lse = as_acc(grad_lse, lse_owner);
-  grads.grad_log_prob = as_acc(grad_log_prob, log_prob_owner);
-  grads.grad_log_prob2 = as_acc(grad_log_prob2, log_prob2_owner);
+  const RowGrads upstream(grads, problem.acc, grad_loss, grad_lse, grad_log_prob, grad_log_prob2);
   run_backward(problem, input, grads);
   return dx.finish();
 }
