@@ -91,8 +91,9 @@ LossAndStats forward_no_classes(const LossArgs &args, const Problem &problem, in
 // The denominator, and the loss unless it is per row: in double, rounded once.
 void set_loss(const at::Tensor &loss, const at::Tensor &stats, const wce_sums &sums,
               const OptTensor &normalizer, int64_t reduction, bool empty_zero) {
-  const double denominator = normalizer ? normalizer->item().toDouble()
-                                        : wce_own_denominator(sums.weight);
+  double denominator = sums.weight;
+  if (normalizer) denominator = normalizer->item().toDouble();
+  else if (reduction == WCE_MEAN) denominator = wce_own_denominator(sums.weight);
   set_value(stats, denominator);
   if (reduction == WCE_SUM) set_value(loss, sums.loss);
   if (reduction == WCE_MEAN)
