@@ -27,6 +27,8 @@ build: $(VENV)/ready
 	@$(PY) setup.py --quiet build_ext --inplace
 
 $(VENV)/ready: requirements-dev.txt
+	@command -v $(PYTHON) >/dev/null || { echo "There is no $(PYTHON). What to do: install Python \
+	3.11 or newer with pip and venv, or name one: make PYTHON=python3.11" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("The pinned packages \
 	need Python 3.11 or newer. What to do: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)

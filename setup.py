@@ -13,6 +13,7 @@ Environment
   TORCH_CUDA_ARCH_LIST  such as "8.0;9.0+PTX"
 """
 
+import importlib.util
 import os
 import platform
 import re
@@ -25,10 +26,12 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 PYTHON_MIN, TORCH_MIN, TORCH_TRIED = (3, 10), (2, 11), "2.13.0"
+SETUPTOOLS_WITH_WHEEL = (70, 1)
 
 # csrc/cpu/<name>_<key>.c is compiled with the flags of its key, other C files with those of base.
 # They name no more than csrc/cpu/dispatch.c asks the processor for; base, with -mno-avx, runs on
@@ -74,6 +77,18 @@ def find_compiler(variable, *names):
         "install gcc and g++ 11 or newer (Debian and Ubuntu: apt install build-essential;"
         f" Fedora: dnf install gcc gcc-c++), or set {variable} to a compiler.",
     )
+
+
+def check_setuptools():
+    """What setuptools says here itself, "invalid command 'bdist_wheel'", helps nobody."""
+    if not {"dist_info", "bdist_wheel"} & set(sys.argv):
+        return
+    version = tuple(int(n) for n in setuptools.__version__.split(".")[:2])
+    if version < SETUPTOOLS_WITH_WHEEL and not importlib.util.find_spec("wheel"):
+        fail(
+            f"setuptools {setuptools.__version__} makes no wheel without the package wheel",
+            'pip install "setuptools>=70.1,<82"  (torch 2.11 and 2.12 refuse newer ones)',
+        )
 
 
 def import_torch():
@@ -296,6 +311,7 @@ def main():
             f"Python {platform.python_version()} is older than {'.'.join(map(str, PYTHON_MIN))}",
             "use a newer Python, for example: make PYTHON=python3.11",
         )
+    check_setuptools()
     library = Extension(
         "wce_torch._C",
         sources=[],

@@ -111,4 +111,11 @@ WCE_DEFINE_ROW_LOSS(float)
 WCE_DEFINE_ROW_LOSS(double)
 #undef WCE_DEFINE_ROW_LOSS
 
+/* ---- all rows ---------------------------------------------------------------------------------- */
+
+/* The mean's own denominator; weight: sum of s*w_y of the rows that count. Where that is 0 the mean
+ * and the gradient of these rows are nan, as without smoothing (0/0): the smoothing term over 0
+ * would be inf. A denominator that the caller gives is taken as it is.                            */
+WCE_FN double wce_own_denominator(double weight) { return weight == 0 ? (double)NAN : weight; }
+
 #endif

@@ -114,8 +114,9 @@ def reference(x, target, weight=None, *, ignore_index=-100, reduction="mean", la
     loss_rows = torch.where(counts, s * plain, 0.0)
 
     # Reduction. The denominator never depends on the class weights of soft targets.
+    # Where its own denominator is 0 the mean is nan, whatever smoothing adds to the sum.
     own_denominator = torch.where(counts, s * row_weight, 0.0).sum()
-    denominator = own_denominator
+    denominator = torch.where(own_denominator == 0, math.nan, own_denominator)
     if normalizer is not None:
         denominator = torch.as_tensor(normalizer, dtype=torch.float64)
     if reduction == "none":
@@ -143,7 +144,8 @@ def reference(x, target, weight=None, *, ignore_index=-100, reduction="mean", la
     lp = torch.where(bad[:, None], math.nan, t - big_l[:, None])
     dprob = dweight = None
     if is_soft:
-        dprob = torch.where(counts[:, None], -ks[:, None] * (1 - smooth) * w * lp, 0.0)
+        slope = torch.where((w == 0) & ~bad[:, None], 0.0, (1 - smooth) * w * lp)
+        dprob = torch.where(counts[:, None], -ks[:, None] * slope, 0.0)
         # A class without a part of its row adds nothing, also where its logit is -inf.
         terms = torch.where((part == 0) & ~bad[:, None], 0.0, part * lp)
         dweight = -torch.where(counts[:, None], ks[:, None] * terms, 0.0).sum(0)

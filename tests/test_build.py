@@ -264,6 +264,19 @@ def test_python_too_old(monkeypatch):
         build_rules.main()
 
 
+def test_setuptools_that_makes_no_wheel(monkeypatch):
+    build_rules = load_setup()
+    monkeypatch.setattr(build_rules.setuptools, "__version__", "65.5.0")
+    find_spec = build_rules.importlib.util.find_spec
+    monkeypatch.setattr(build_rules.importlib.util, "find_spec",
+                        lambda name: None if name == "wheel" else find_spec(name))
+    monkeypatch.setattr(sys, "argv", ["setup.py", "build_ext"])
+    build_rules.check_setuptools()  # makes no wheel
+    monkeypatch.setattr(sys, "argv", ["setup.py", "dist_info"])
+    with pytest.raises(SystemExit, match=r"setuptools 65\.5\.0 [^$]*What to do: pip install"):
+        build_rules.check_setuptools()
+
+
 def test_torch_too_old(monkeypatch):
     import torch
 

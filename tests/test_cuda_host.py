@@ -267,6 +267,23 @@ def test_nothing_to_do(driver):
     assert not nan["dx"].any() and not zero["dx"].any()
 
 
+@pytest.mark.parametrize("dtype", ["f32", "f64", "bf16"])
+def test_total_weight_is_zero(driver, dtype):
+    """The mean's own denominator is 0: nan for it and for each row that counts, also with
+    smoothing; a normalizer of 0 divides."""
+    for shape in ((4, 5), (4, 40), (2, 5, 3), (1, 9000)):
+        case = Case(shape, weight="positive", smoothing=0.1)
+        x, target, options = case.build(DTYPES[dtype])
+        target.zero_()
+        target.view(-1)[1:2] = -100
+        options["weight"][0] = 0.0
+        keys = {"dx": like(x), "grad": torch.tensor(1.0)}
+        job = job_of(x, target, options, **keys)
+        zero, given = host.run(driver, [job, job_of(x, target, {**options, "normalizer": 0.0})])
+        assert zero["loss"].isnan() and given["loss"] == INF, shape
+        compare(job, zero, reference(x, target, **options))
+
+
 # ---- results per row and their gradients ---------------------------------------------------------
 
 

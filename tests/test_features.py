@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torch.utils._python_dispatch
+from helpers import peak_bytes
 from reference import (
     DTYPES,
     FEATURE_CASES,
@@ -26,7 +27,6 @@ from reference import (
     run,
     same_bits,
 )
-from test_ops import peak_bytes
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import wce_torch
@@ -320,6 +320,34 @@ def test_normalizer_with_a_gradient():
     loss = ce(x, y, normalizer=n)
     (dn,) = torch.autograd.grad(loss, n)
     torch.testing.assert_close(dn, -(loss / n).detach())
+
+
+def test_normalizer_of_zero_divides():
+    """As IEEE says: the caller's denominator is taken as it is; the mean's own one of 0 gives nan,
+    also where smoothing adds to the sum."""
+    x, y, w = torch.randn(6, 5), torch.zeros(6, dtype=torch.long), torch.tensor([0.0, 1, 1, 1, 1])
+    for options in ({}, {"sample_weight": torch.ones(6)}):
+        smooth = {**options, "weight": w, "label_smoothing": 0.1}
+        assert ce(x, y, **smooth).isnan()
+        assert ce(x, y, **smooth, normalizer=0) == math.inf
+        assert ce(x, y, **smooth, normalizer=-0.0) == -math.inf
+        assert with_stats(x, y, **smooth).loss.isnan()
+        assert with_stats(x, y, **smooth, normalizer=0).loss == math.inf
+    nothing = {"sample_weight": torch.zeros(6), "label_smoothing": 0.1}
+    assert ce(x, y, **nothing).isnan() and ce(x, y, **nothing, normalizer=0).isnan()
+    assert mixup(x, y, torch.ones_like(y), 0.5, w, label_smoothing=0.1).isnan()
+
+
+@pytest.mark.parametrize("loss_fn", [ce, F.cross_entropy], ids=["ours", "native"])
+def test_second_order_where_the_total_weight_is_zero(loss_fn):
+    """The composite divides by what forward divided by."""
+    x = torch.randn(3, 5).double().requires_grad_()
+    y, w = torch.tensor([0, -100, 0]), torch.tensor([0.0, 1, 1, 1, 1]).double()
+    loss = loss_fn(x, y, w, label_smoothing=0.1)
+    (dx,) = torch.autograd.grad(loss, x, create_graph=True)
+    assert dx[[0, 2]].isnan().all() and (dx[1] == 0).all()
+    (ddx,) = torch.autograd.grad(dx.sum(), x)
+    assert ddx[[0, 2]].isnan().all() and (ddx[1] == 0).all()
 
 
 def test_sum_over_a_normalizer_is_the_mean():

@@ -281,6 +281,10 @@ def test_no_classes(shape):
     soft = torch.randn(shape)
     none = ce(x, soft, reduction="none")
     assert none.shape == positions and (none == 0).all()
+    for smoothing in (0.0, 1.0):
+        leaves = [t.clone().requires_grad_() for t in (x, soft)]
+        loss = ce(*leaves, reduction="sum", label_smoothing=smoothing)
+        assert [g.shape for g in torch.autograd.grad(loss, leaves)] == [x.shape, x.shape]
     assert ce(x, soft, reduction="sum") == 0 and ce(x, soft, reduction="mean").isnan()
     loss = ce(x, soft, reduction="sum")
     assert torch.autograd.grad(loss, x)[0].shape == shape
@@ -319,21 +323,25 @@ def test_all_ignored_one_dimension():
     assert (torch.autograd.grad(loss, x)[0] == 0).all()
 
 
-@pytest.mark.parametrize("shape", [(5, 3), (2, 3, 4), (2, 3, 4, 5), (2, 3, 2, 2, 2)], ids=str)
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_total_weight_is_zero(shape, smoothing):
-    """Every target has weight 0: mean is nan; so are the gradients of rows that count."""
-    x = torch.randn(shape, requires_grad=True)
-    y = torch.zeros(shape[:1] + shape[2:], dtype=torch.long)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("others", [0.0, 1.0, -1.0], ids=["all_0", "others_1", "others_minus_1"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("shape", [(5, 3), (2, 40), (2, 3, 4), (2, 3, 4, 5), (2, 3, 2, 2, 2)],
+                         ids=str)
+def test_total_weight_is_zero(shape, smoothing, others, dtype, device):
+    """Every target has weight 0: mean is nan; so are the gradients of rows that count. Also with
+    smoothing, whose term is not 0: native divides it and the 0 of the targets apart."""
+    x = torch.randn(shape, device=device, dtype=DTYPES[dtype], requires_grad=True)
+    y = torch.zeros(shape[:1] + shape[2:], dtype=torch.long, device=device)
     y.view(-1)[-1] = -100
-    w = torch.tensor([0.0, 1.0, 1.0])
-    loss = ce(x, y, w, label_smoothing=smoothing)
-    assert loss.isnan() if smoothing == 0 else not loss.isfinite()
-    (grad,) = torch.autograd.grad(loss, x)
-    rows = grad.movedim(1, -1).reshape(-1, 3)
-    if smoothing == 0:
-        assert rows[:-1].isnan().all()
-    assert not rows[:-1].isfinite().any() and (rows[-1] == 0).all()
+    w = torch.full(shape[1:2], others, device=device, dtype=x.dtype)
+    w[0] = 0.0
+    for loss_fn in (ce, F.cross_entropy):
+        loss = loss_fn(x, y, w, label_smoothing=smoothing)
+        assert loss.isnan(), loss_fn
+        (grad,) = torch.autograd.grad(loss, x)
+        rows = grad.movedim(1, -1).reshape(-1, shape[1])
+        assert rows[:-1].isnan().all() and (rows[-1] == 0).all(), loss_fn
     for reduction in ("none", "sum"):
         check(ce, x, y, {"weight": w, "label_smoothing": smoothing, "reduction": reduction})
 
@@ -453,9 +461,27 @@ def test_masked_logits_with_probability_zero():
     assert_near(x.grad, want.dx, 4)
     assert_near(w.grad, want.dweight, 4)
     assert q.grad[0, 1] == INF and q.grad[1, 0] == INF  # it is true: more of q there costs inf
-    # Weight 0 at a class with logit -inf and positive probability.
-    zero = torch.tensor([1.0, 0.0, 3.0])
-    assert ce(x[:1], torch.tensor([[0.25, 0.5, 0.25]]), zero).isfinite()
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.5])
+@pytest.mark.parametrize("q0, w0", [(0.5, 0.0), (0.0, 0.0), (0.0, -2.0), (0.5, -2.0)])
+def test_soft_gradients_at_minus_infinity(q0, w0, smoothing):
+    """Where a = w*q is 0 the class adds nothing, but growth of the one factor from 0 makes the
+    loss infinite if the other is not 0. Native agrees wherever it is not nan (0 * inf)."""
+    x = torch.tensor([[-INF, 1.0, 2.0], [1.0, 0.0, 3.0]]).double()
+    q = torch.tensor([[q0, 0.2, 0.3], [0.1, 0.7, 0.2]]).double()
+    w = torch.tensor([w0, 1.0, 2.0]).double()
+    results = []
+    for loss_fn in (ce, F.cross_entropy):
+        leaves = [t.clone().requires_grad_() for t in (x, q, w)]
+        loss = loss_fn(*leaves, label_smoothing=smoothing)
+        results.append([loss, *torch.autograd.grad(loss, leaves)])
+    want = reference(x, q, w, label_smoothing=smoothing)
+    names = ("loss", "dx", "dprob", "dweight")
+    for name, ours, native in zip(names, *results, strict=True):
+        torch.testing.assert_close(ours, getattr(want, name), msg=name)
+        torch.testing.assert_close(torch.where(native.isnan(), ours, native), ours, msg=name)
+    assert w0 != 0 or results[0][0].isfinite()
 
 
 def test_zero_weight_at_minus_infinity_target():

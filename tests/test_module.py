@@ -3,24 +3,20 @@
 import copy
 import io
 import multiprocessing
-import os
 import pickle
-import subprocess
-import sys
-import textwrap
 import threading
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import run_python, segmentation_losses
 from reference import assert_near, reference, run, same_bits
 
 import wce_torch
 
 ce = wce_torch.cross_entropy
 Loss, Native = wce_torch.CrossEntropyLoss, torch.nn.CrossEntropyLoss
-ROOT = str(Path(__file__).resolve().parent.parent)
 X = torch.randn(6, 5, generator=torch.Generator().manual_seed(4))
 Y = torch.tensor([0, 1, 4, 2, 2, 3])
 W = torch.tensor([0.5, 1.0, 1.5, 2.0, 2.5])
@@ -150,32 +146,6 @@ def test_attributes_may_change_later():
         X, Y, ignore_index=2, reduction="none", label_smoothing=0.2))
 
 
-def segmentation_losses(base):
-    """Two subclasses in the manner of medical segmentation code: the target has a channel of its
-    own and may be floating; the top-k variant uses the legacy positional arguments."""
-
-    class WithChannel(base):
-        def forward(self, input, target):
-            if target.ndim == input.ndim:
-                assert target.shape[1] == 1
-                target = target[:, 0]
-            return super().forward(input, target.long())
-
-    class TopK(WithChannel):
-        def __init__(self, weight=None, ignore_index=-100, k=10, label_smoothing=0):
-            self.k = k
-            super().__init__(weight, False, ignore_index, reduce=False,
-                             label_smoothing=label_smoothing)
-
-        def forward(self, inp, target):
-            target = target[:, 0].long()
-            res = super().forward(inp, target)
-            count = int(res.numel() * self.k / 100)
-            return torch.topk(res.view((-1,)), count, sorted=False)[0].mean()
-
-    return WithChannel, TopK
-
-
 @pytest.mark.filterwarnings("ignore:size_average and reduce")
 @pytest.mark.parametrize("which", [0, 1], ids=["channel", "topk"])
 def test_subclass_patterns(which):
@@ -302,12 +272,6 @@ def test_module_in_a_child_process(context):
     assert queue.get(timeout=120) == module(X, Y).item()
     child.join()
     assert child.exitcode == 0
-
-
-def run_python(code, **env):
-    """Runs code in a fresh interpreter: the finished process."""
-    return subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, text=True,
-                          capture_output=True, env={**os.environ, **env}, timeout=300)
 
 
 def test_environment_chooses_the_instruction_set():

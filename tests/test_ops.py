@@ -11,6 +11,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import composed, peak_bytes
 from reference import (
     DTYPES,
     SMALL_CASES,
@@ -25,7 +26,6 @@ from reference import (
     run,
     same_bits,
 )
-from test_reference import composed
 from torch._dynamo.testing import AotEagerAndRecordGraphs, CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck, gradgradcheck
@@ -912,22 +912,6 @@ def test_autocast_for_cuda_is_registered():
 
 
 # ---- memory --------------------------------------------------------------------------------------
-
-
-def peak_bytes(function):
-    """Largest amount of tensor memory that was allocated by the function and not yet freed."""
-    function()  # first calls may allocate what stays
-    gc.collect()
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        function()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    assert events, "the profiler saw no allocation"
-    return peak
 
 
 MEMORY_SHAPES = {"rows": (512, 1000), "narrow": (50_000, 10), "image": (2, 19, 160, 160),

@@ -8,8 +8,8 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import ROOT, segmentation_losses
 from reference import assert_near, reference, run, same_bits
-from test_module import ROOT, segmentation_losses
 from torch.nn.functional import cross_entropy as early_alias
 from torch.testing._internal.common_methods_invocations import op_db
 from torch.testing._internal.common_modules import module_db

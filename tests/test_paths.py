@@ -6,8 +6,8 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import run_python
 from reference import DTYPES
-from test_module import run_python
 
 import wce_torch
 

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import composed
 from reference import (
     FEATURE_CASES,
     LAYOUTS,
@@ -13,7 +14,6 @@ from reference import (
     as_layout,
     case_ids,
     from_rows,
-    log_prior_of,
     position_shape,
     reference,
     to_rows,
@@ -48,39 +48,6 @@ def test_equals_native(case):
         torch.testing.assert_close(got.dprob, target.grad, **CLOSE)
         if "weight" in options:
             torch.testing.assert_close(got.dweight, options["weight"].grad, **CLOSE)
-
-
-def composed(x, target, options):
-    """The options that torch does not have, built from torch's own loss per row."""
-    options = dict(options)
-    prior, tau = options.pop("class_prior", None), options.pop("tau", 1.0)
-    if prior is not None:
-        shift = log_prior_of(prior, tau)
-        x = x + shift.reshape(-1, *[1] * (x.dim() - 2))
-    reduction, empty = options.pop("reduction"), options.pop("empty", "nan")
-    s, mask = options.pop("sample_weight", None), options.pop("mask", None)
-    skip, normalizer = options.pop("skip_empty_targets", False), options.pop("normalizer", None)
-    rows = F.cross_entropy(x, target, reduction="none", **options)
-    keep = torch.ones_like(rows, dtype=torch.bool)
-    soft = x.shape == target.shape
-    per_row = torch.ones_like(rows)
-    if not soft:
-        keep = target != options["ignore_index"]
-        if "weight" in options:
-            per_row = options["weight"][torch.where(keep, target, 0)]
-    if mask is not None:
-        keep = keep & mask
-    if skip:
-        keep = keep & (target.sum(0 if x.dim() == 1 else 1) != 0)
-    s = torch.ones_like(rows) if s is None else s
-    rows = torch.where(keep, rows * s, 0.0)
-    if reduction == "none":
-        return rows
-    if reduction == "sum":
-        return rows.sum()
-    if empty == "zero" and not keep.any():
-        return rows.sum() * 0
-    return rows.sum() / ((per_row * s)[keep].sum() if normalizer is None else normalizer)
 
 
 @pytest.mark.parametrize("case", FEATURE_CASES, ids=case_ids(FEATURE_CASES))

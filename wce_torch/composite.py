@@ -149,7 +149,7 @@ def _row_losses(x, target, prob, weight, spike, floor, soft):
         y = torch.where(x.counts, target.long().reshape(x.counts.shape), 0)
         a = spike if weight is None else spike * _of_class(weight, y, loss.dtype)
         loss = loss + _minus_product(a, _pick(x.shifted, y)) + a * x.log_sum
-    if floor or soft:
+    if floor or prob is not None:
         loss = loss + _dense_losses(x, prob, weight, floor, soft)
     return torch.where(x.counts, loss, 0.0)
 
@@ -157,12 +157,14 @@ def _row_losses(x, target, prob, weight, spike, floor, soft):
 def _dense_losses(x, prob, weight, floor, soft):
     """The part of the coefficients that every class has: a = w * (floor + soft*q)."""
     q = torch.full_like(x.shifted, floor)
-    if prob is not None and soft:
+    if prob is not None:
         q = q + soft * prob.to(q.dtype)
-    a = q if weight is None else q * _along_classes(weight.to(q.dtype).reshape(-1), q)
+    w = q.new_ones(()) if weight is None else _along_classes(weight.to(q.dtype).reshape(-1), q)
+    a = q * w
     terms = _minus_product(a, x.shifted)
-    if prob is not None and prob.requires_grad:
-        terms = terms + _slope_at_minus_inf(prob, a, x.shifted)
+    for factor, other in ((q, w), (w, q)):
+        if factor.requires_grad:
+            terms = terms + _slope_at_minus_inf(factor, other, x.shifted)
     return a.sum(x.dim) * x.log_sum + terms.sum(x.dim)
 
 
@@ -176,13 +178,13 @@ def _minus_product(a, shifted):
     return -a * torch.where(dead, 0.0, shifted)
 
 
-def _slope_at_minus_inf(prob, a, shifted):
-    """0, with the slope +inf in ``prob`` where ``prob`` is 0 and x = -inf: a probability that grew
-    from 0 there would make the loss infinite."""
-    dead = torch.isneginf(shifted) & (a == 0)
+def _slope_at_minus_inf(factor, other, shifted):
+    """0, with an infinite slope in ``factor`` where it alone makes a = factor*other zero and
+    x = -inf: if it grew from 0 there, the loss would be infinite."""
+    steep = torch.isneginf(shifted) & (factor == 0) & (other != 0)
+    growth = (factor - factor.detach()) * other.detach().sign()
     huge = torch.finfo(shifted.dtype).max
-    growth = (prob - prob.detach()).to(shifted.dtype)
-    return torch.where(dead, growth * huge * huge, 0.0)
+    return torch.where(steep, growth * huge * huge, 0.0)
 
 
 def _log_prob(input, log_prior, target, ignore_index):
@@ -216,7 +218,9 @@ def _reduced(rows, counts, target, weight, sample_weight, normalizer, reduction,
     if reduction == SUM:
         return total
     if normalizer is None:
-        denominator = _row_weights(counts, target, weight, sample_weight, rows.dtype).sum()
+        denominator = own_denominator(
+            _row_weights(counts, target, weight, sample_weight, rows.dtype).sum()
+        )
     else:
         denominator = normalizer.to(rows.dtype).reshape(())
     mean = total / denominator
@@ -232,6 +236,12 @@ def _row_weights(counts, target, weight, sample_weight, acc):
     if sample_weight is not None:
         value = value * sample_weight.to(acc).reshape(counts.shape)
     return torch.where(counts, value, 0.0)
+
+
+def own_denominator(weight):
+    """The mean's own denominator from the sum of the rows' weights. Where that is 0 the mean and
+    its gradient are nan, as without smoothing (0/0): the smoothing term over 0 would be inf."""
+    return torch.where(weight == 0, torch.nan, weight)
 
 
 # ---- shapes and types --------------------------------------------------------------------------

@@ -170,10 +170,11 @@ template <class A>
 WCE_DEVICE void finish_total(const wce_cuda_total &t, const sums &all) {
   double denominator = 1, denominator2 = 1, loss = all.loss + all.loss2;
   if (t.reduction == WCE_MEAN) {
-    denominator = t.normalizer ? static_cast<double>(value_at<A>(t.normalizer, 0)) : all.weight;
+    denominator = t.normalizer ? static_cast<double>(value_at<A>(t.normalizer, 0))
+                               : wce_own_denominator(all.weight);
     loss = all.loss / denominator;
     if (t.denominator2) {
-      denominator2 = all.weight2;
+      denominator2 = wce_own_denominator(all.weight2);
       loss += all.loss2 / denominator2;
     }
     if (t.empty_zero && !all.any) {

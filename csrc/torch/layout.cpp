@@ -92,6 +92,12 @@ bool is_contiguous_of(const at::Tensor &tensor, at::ScalarType type) {
   return tensor.scalar_type() == type && tensor.is_contiguous();
 }
 
+const void *as_acc(const OptTensor &tensor, at::ScalarType acc, c10::MaybeOwned<at::Tensor> &owner) {
+  if (!tensor) return nullptr;
+  owner = rows_as(*tensor, acc);
+  return data_of(*owner);
+}
+
 // The types in which the kernels read soft targets.
 at::ScalarType prob_type(at::ScalarType prob, at::ScalarType acc) {
   if (acc == at::kDouble) return at::kDouble;
@@ -171,12 +177,6 @@ const int64_t *Problem::index_target(const at::Tensor &target, Owned &owner) {
   return owner->const_data_ptr<int64_t>();
 }
 
-const void *Problem::as_acc(const OptTensor &tensor, Owned &owner) {
-  if (!tensor) return nullptr;
-  owner = rows_as(*tensor, acc);
-  return data_of(*owner);
-}
-
 const uint8_t *Problem::bool_rows(const OptTensor &mask) {
   if (!mask) return nullptr;
   mask_ = mask->expect_contiguous();
@@ -196,12 +196,12 @@ Problem::Problem(const LossArgs &args, int64_t ignore_index) {
   }
   if (args.target2) {
     c.target2 = index_target(*args.target2, target2_);
-    c.mix = as_acc(args.mix, mix_);
+    c.mix = as_acc(args.mix, acc, mix_);
     c.mix_stride = args.mix->numel() > 1;
   }
-  c.weight = as_acc(args.weight, weight_);
-  c.prior = as_acc(args.log_prior, prior_);
-  c.sample_weight = as_acc(args.sample_weight, sample_weight_);
+  c.weight = as_acc(args.weight, acc, weight_);
+  c.prior = as_acc(args.log_prior, acc, prior_);
+  c.sample_weight = as_acc(args.sample_weight, acc, sample_weight_);
   c.mask = bool_rows(args.mask);
   c.ignore_index = ignore_index;
   c.skip_empty = args.skip_empty;
@@ -211,9 +211,9 @@ Problem::Problem(const RowsArgs &args, int64_t ignore_index) {
   set_logits(args.input);
   if (args.target_prob) set_prob(*args.target_prob);
   if (args.target) c.target = index_target(*args.target, target_);
-  c.weight = as_acc(args.weight, weight_);
-  c.prior = as_acc(args.log_prior, prior_);
-  c.sample_weight = as_acc(args.sample_weight, sample_weight_);
+  c.weight = as_acc(args.weight, acc, weight_);
+  c.prior = as_acc(args.log_prior, acc, prior_);
+  c.sample_weight = as_acc(args.sample_weight, acc, sample_weight_);
   c.mask = bool_rows(args.mask);
   c.spike = args.spike;
   c.floor = args.floor;
@@ -286,6 +286,13 @@ void set_grad(wce_row_grads &grads, const at::Tensor &grad, c10::MaybeOwned<at::
   grads.grad = owner->const_data_ptr();
   grads.grad_dtype = dtype_of(grad.scalar_type());
   grads.grad_stride = one_value ? 0 : 1;
+}
+
+RowGrads::RowGrads(wce_row_grads &grads, at::ScalarType acc, const OptTensor &loss,
+                   const OptTensor &lse, const OptTensor &log_prob) {
+  if (loss) set_grad(grads, *loss, loss_);
+  grads.grad_lse = as_acc(lse, acc, lse_);
+  grads.grad_log_prob = as_acc(log_prob, acc, log_prob_);
 }
 
 } // namespace wce

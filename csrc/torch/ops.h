@@ -174,7 +174,6 @@ private:
   void set_logits(const at::Tensor &input);
   void set_prob(const at::Tensor &prob);
   const int64_t *index_target(const at::Tensor &target, Owned &owner);
-  const void *as_acc(const OptTensor &tensor, Owned &owner);
   const uint8_t *bool_rows(const OptTensor &mask);
 };
 
@@ -202,6 +201,16 @@ c10::MaybeOwned<at::Tensor> rows_as(const at::Tensor &tensor, at::ScalarType acc
 // Upstream gradient of the loss: data, dtype and stride (0: one value for all rows) for
 // wce_row_grads. `owner` keeps a converted copy alive.
 void set_grad(wce_row_grads &grads, const at::Tensor &grad, c10::MaybeOwned<at::Tensor> &owner);
+
+// The upstream gradients of rows_forward's results, set in wce_row_grads; owns converted copies.
+class RowGrads {
+public:
+  RowGrads(wce_row_grads &grads, at::ScalarType acc, const OptTensor &loss, const OptTensor &lse,
+           const OptTensor &log_prob);
+
+private:
+  c10::MaybeOwned<at::Tensor> loss_, lse_, log_prob_;
+};
 
 // ---- hugepages.cpp -----------------------------------------------------------------------------
 

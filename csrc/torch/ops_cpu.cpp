@@ -11,6 +11,7 @@
 #include <limits>
 #include <vector>
 
+#include "../loss_math.h"
 #include "ops.h"
 
 namespace wce {
@@ -97,13 +98,15 @@ LossAndStats forward_no_classes(const LossArgs &args, const Problem &problem, in
 // The denominators, and the loss unless it is per row: in double, rounded once.
 void set_loss(const at::Tensor &loss, const at::Tensor &stats, const wce_sums &sums,
               const OptTensor &normalizer, int64_t reduction, bool empty_zero, bool is_mixture) {
-  const double denominator = normalizer ? normalizer->item().toDouble() : sums.weight;
+  const auto own = [&](double weight) { return reduction == WCE_MEAN ? wce_own_denominator(weight) : weight; };
+  const double denominator = normalizer ? normalizer->item().toDouble() : own(sums.weight);
+  const double denominator2 = own(sums.weight2);
   set_value(stats, denominator);
-  if (is_mixture) set_value(stats, sums.weight2, stats.numel() - 1);
+  if (is_mixture) set_value(stats, denominator2, stats.numel() - 1);
   if (reduction == WCE_SUM) set_value(loss, sums.loss + sums.loss2);
   if (reduction != WCE_MEAN) return;
   double mean = sums.loss / denominator;
-  if (is_mixture) mean += sums.loss2 / sums.weight2;
+  if (is_mixture) mean += sums.loss2 / denominator2;
   set_value(loss, empty_zero && sums.count == 0 ? 0.0 : mean);
 }
 
@@ -200,15 +203,7 @@ at::Tensor rows_backward_cpu(WCE_ROWS_BACKWARD_PARAMS(int64_t)) {
   grads.dx = dx.view();
   std::tie(grads.max, grads.log_sum) = saved_rows(stats, problem);
   if (reduction == WCE_MEAN) grads.denominator = stats.const_data_ptr();
-  c10::MaybeOwned<at::Tensor> loss_owner, lse_owner, log_prob_owner;
-  if (grad_loss) set_grad(grads, *grad_loss, loss_owner);
-  const auto as_acc = [&](const OptTensor &grad, c10::MaybeOwned<at::Tensor> &owner) {
-    if (!grad) return static_cast<const void *>(nullptr);
-    owner = rows_as(*grad, problem.acc);
-    return owner->const_data_ptr();
-  };
-  grads.grad_lse = as_acc(grad_lse, lse_owner);
-  grads.grad_log_prob = as_acc(grad_log_prob, log_prob_owner);
+  const RowGrads upstream(grads, problem.acc, grad_loss, grad_lse, grad_log_prob);
   run_backward(problem, grads);
   return dx.finish();
 }

@@ -249,15 +249,7 @@ Tensor rows_backward_cuda(WCE_ROWS_BACKWARD_PARAMS(int64_t)) {
   grads.dx = dx.view();
   std::tie(grads.max, grads.log_sum) = saved_rows(stats, problem);
   if (reduction == WCE_MEAN) grads.denominator = stats.const_data_ptr();
-  c10::MaybeOwned<Tensor> loss_owner, lse_owner, log_prob_owner;
-  if (grad_loss) set_grad(grads, *grad_loss, loss_owner);
-  const auto as_acc = [&](const OptTensor &one, c10::MaybeOwned<Tensor> &owner) {
-    if (!one) return static_cast<const void *>(nullptr);
-    owner = rows_as(*one, problem.acc);
-    return owner->const_data_ptr();
-  };
-  grads.grad_lse = as_acc(grad_lse, lse_owner);
-  grads.grad_log_prob = as_acc(grad_log_prob, log_prob_owner);
+  const RowGrads upstream(grads, problem.acc, grad_loss, grad_lse, grad_log_prob);
   run_backward(problem, input, grads);
   return dx.finish();
 }

@@ -95,6 +95,10 @@ def edges():
     loss.backward()
     assert torch.isnan(loss) and not x.grad.any()
     assert ce(x, ignored, empty="zero") == 0
+    w = torch.ones(40)
+    w[0] = 0
+    zeros = {"target": torch.zeros(3, dtype=torch.long), "weight": w, "label_smoothing": 0.1}
+    assert torch.isnan(ce(x, **zeros)) and torch.isinf(ce(x, **zeros, normalizer=0))
 
 
 def raises(text, *args, **kwargs):
