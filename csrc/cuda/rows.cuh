@@ -331,7 +331,7 @@ rows_backward(wce_problem p, wce_row_grads g, rows_shape shape, const acc<T> *we
       rows_write<T, BODY>(from, d, dx, item.n, lane, shape.lanes);
     if (info.bad && lane == 0 && item.row < worst) worst = item.row;
   }
-  report_bad_target(p, worst, bad);
+  report_bad_target<A>(p, worst, bad);
 }
 
 }  // namespace wce_cuda

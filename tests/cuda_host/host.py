@@ -322,5 +322,5 @@ def long_steps(classes):
 
 
 def places(path):
-    """Names of the barriers and bounds checks in a source file."""
-    return re.findall(r"WCE_(?:SYNC|GUARD)\((\w+)[,)]", path.read_text())
+    """Names of the barriers, waits and bounds checks in a source file."""
+    return re.findall(r"WCE_(?:SYNC|WAIT|GUARD)\((\w+)[,)]", path.read_text())
