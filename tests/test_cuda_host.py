@@ -201,6 +201,27 @@ def test_many_rows(driver, dtype):
     check_all(driver, problems)
 
 
+# Elements from one row, or one plane, to the next: products beyond 32 bits, signed and unsigned, in
+# elements and in bytes.
+FAR = {"lanes8": (2**31 + 8, 0), "block": (2**32 + 8, 0), "chunks": (2**31 + 9, 0),
+       "plan_rows": (2**30 + 1, 0), "planes": (0, 2**30 + 8), "slices": (2**32 + 8, 2**31 + 8),
+       "slices_odd": (2**33 + 5, 2**30 + 3)}
+
+
+@pytest.mark.parametrize("body", ["weighted", "soft"])
+@pytest.mark.parametrize("way", FAR)
+def test_far_apart(driver, way, body):
+    """64-bit offsets: rows and planes of logits, probabilities and gradient lie GiB apart."""
+    problems = []
+    for classes in (5, 40):
+        case = Case((3, classes, 9), reduction="mean", **BODIES[body])
+        for saved in (True, False):
+            job, *rest = placed_problem(case, "f32", way, 1, saved=saved)
+            job.far = FAR[way]
+            problems.append((job, *rest))
+    check_all(driver, problems)
+
+
 # ---- special values ------------------------------------------------------------------------------
 
 
@@ -264,6 +285,18 @@ def test_nothing_to_do(driver):
     nan, zero = host.run(driver, jobs)
     assert math.isnan(nan["loss"]) and zero["loss"] == 0
     assert not nan["dx"].any() and not zero["dx"].any()
+
+
+def test_counted_rows_of_weight_0(driver):
+    """The mean over rows whose targets all have weight 0 is nan, also where smoothing gives the
+    rows a loss; so is their gradient, while ignored rows keep 0."""
+    weight, target = torch.tensor([1.0, 0.0, 2.0]), torch.tensor([1, -100, 1, 1])
+    jobs = [job_of(x, target, {"weight": weight, "label_smoothing": e}, dx=like(x),
+                   grad=torch.tensor(1.0)) for x in (torch.randn(4, 3),) for e in (0.0, 0.1)]
+    for got in host.run(driver, jobs):
+        assert math.isnan(got["loss"])
+        assert got["dx"].isnan().all(1).tolist() == [True, False, True, True]
+        assert not got["dx"][1].any()
 
 
 # ---- results per row and their gradients ---------------------------------------------------------
@@ -345,6 +378,9 @@ def test_excluded_class_is_a_bad_target(driver):
     job = Job(torch.randn(4, 3), target=torch.tensor([0, 2, 1, 1]), prior=prior, check=True)
     (got,) = host.run(driver, [job])
     assert got["bad"] == 2
+    job.check, job.target2 = False, torch.tensor([0, 0, 2, 0])
+    done = host.run_raw(driver, [job])
+    assert b"target 1 at row 2 is out of bounds" in done.stderr
 
 
 # ---- from Python to the kernels ------------------------------------------------------------------

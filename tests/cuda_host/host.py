@@ -178,6 +178,7 @@ class Job:
     check: bool = False         # record bad rows instead of stopping
     saved: bool = True          # backward gets m and L
     layout: str = None          # rows or planes, where both are possible
+    far: tuple = (0, 0)         # elements by which the driver enlarges stride_outer, stride_class
     plan: dict = field(default_factory=dict)
 
     @property
@@ -219,6 +220,7 @@ class Job:
             int(self.reduction == "mean"),
             REGIMES[regime] if regime else -1,
             *(self.plan.get(k, -1) for k in ("threads", "lanes", "tile", "columns", "blocks")),
+            *self.far,
         ]
         head = struct.pack(f"<{len(fields)}q3d", *fields, self.spike, self.floor, self.soft)
         head += bytes(64 * 8 - len(head))
