@@ -201,11 +201,11 @@ def test_many_rows(driver, dtype):
     check_all(driver, problems)
 
 
-# Elements from one row, or one plane, to the next: products beyond 32 bits, signed and unsigned, in
-# elements and in bytes.
-FAR = {"lanes8": (2**31 + 8, 0), "block": (2**32 + 8, 0), "chunks": (2**31 + 9, 0),
-       "plan_rows": (2**30 + 1, 0), "planes": (0, 2**30 + 8), "slices": (2**32 + 8, 2**31 + 8),
-       "slices_odd": (2**33 + 5, 2**30 + 3)}
+# What is added to the strides (outer, class, inner): products beyond 32 bits, signed and unsigned,
+# in elements and in bytes.
+FAR = {"lanes8": (2**31 + 8, 0, 0), "block": (0, 0, 2**30 + 8), "chunks": (0, 0, 2**31 + 9),
+       "plan_rows": (2**30 + 1, 0, 2**28 + 1), "planes": (0, 2**30 + 8, 0),
+       "slices": (2**32 + 8, 2**31 + 8, 0), "slices_odd": (2**33 + 5, 2**30 + 3, 0)}
 
 
 @pytest.mark.parametrize("body", ["weighted", "soft"])

@@ -207,7 +207,8 @@ extern "C" size_t wce_cuda_backward_workspace(const wce_cuda_plan *plan,
 }
 
 static wce_cuda_status start_check(uint64_t *bad, void *stream) {
-  if (bad) cudaMemsetAsync(bad, 0xff, sizeof *bad, static_cast<cudaStream_t>(stream));
+  if (!bad) return {};
+  cudaMemsetAsync(bad, 0xff, sizeof *bad, static_cast<cudaStream_t>(stream));
   return launched("memset of the bad row");
 }
 

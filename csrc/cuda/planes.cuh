@@ -30,10 +30,12 @@ struct plane_unit {
   int64_t row;       // of the first position
   int64_t prob_at;   // of class 0 within the target probabilities
   int64_t dx_at;     // likewise within the gradient
-  int64_t step;      // from one position to the next
+  int step;          // from one position to the next
   int n;             // positions, at most V; 0 beyond the end
   int column, slice, slices;
   bool vectors;      // every plane can be read and written 16 bytes at a time
+
+  __device__ __forceinline__ int64_t at(int j) const { return static_cast<int64_t>(j) * step; }
 };
 
 template <class T>
@@ -47,11 +49,12 @@ WCE_DEVICE plane_unit<T> plane_unit_at(const wce_problem &p, const wce_view *dx,
   const bool aligned = planes_aligned<T>(p.logits) && (!dx || planes_aligned<T>(*dx));
   const int64_t per_outer = (p.inner + V - 1) / V, unit = first + u.column;
   const place at = place_of(unit, per_outer);
-  const int64_t i = aligned ? at.inner * V : at.inner;
-  u.step = aligned ? 1 : per_outer;
+  const bool apart = !aligned && per_outer <= INT32_MAX;
+  const int64_t i = apart ? at.inner : at.inner * V;
+  u.step = apart ? static_cast<int>(per_outer) : 1;
   u.n = 0;
   if (unit < p.outer * per_outer)
-    while (u.n < V && i + u.n * u.step < p.inner) ++u.n;
+    while (u.n < V && i + u.at(u.n) < p.inner) ++u.n;
   u.row = at.outer * p.inner + i;
   u.x = static_cast<const T *>(p.logits.data) + at.outer * p.logits.stride_outer + i;
   u.prob_at = at.outer * p.prob.stride_outer + i;
@@ -97,7 +100,7 @@ WCE_DEVICE void plane_general(const wce_problem &p, const plane_unit<T> &u, int 
     } else {
 #pragma unroll
       for (int j = 0; j < V; ++j)
-        if (j < u.n) q[j] = load_as<A>(p.prob_dtype, p.prob.data, at + j * u.step);
+        if (j < u.n) q[j] = load_as<A>(p.prob_dtype, p.prob.data, at + u.at(j));
     }
   }
 #pragma unroll
@@ -164,7 +167,7 @@ WCE_DEVICE void merge_slices(const plane_unit<T> &u, int across, bool everyone,
 }
 
 template <class T, int BODY>
-__global__ void __launch_bounds__(128, BODY == FAST ? 4 : 2)
+__global__ void __launch_bounds__(128, BODY == FAST ? 4 : 3)
 planes_forward(wce_problem p, wce_row_outputs out, wce_cuda_total total, int across,
                sums *partials, unsigned long long *bad) {
   using S = stats<acc<T>, BODY>;
@@ -185,7 +188,7 @@ planes_forward(wce_problem p, wce_row_outputs out, wce_cuda_total total, int acr
 #pragma unroll
       for (int j = 0; j < V; ++j)
         if (j < u.n) {
-          const int64_t at = j * u.step;
+          const int64_t at = u.at(j);
           const row_info<acc<T>> info = load_row_info(p, u.row + at, u.x + at);
           finish_row(p, out, u.row + at, st[j], info, mine);
         }
@@ -233,8 +236,8 @@ struct plane_grads {
       m[j] = ke[j] = ka[j] = dy[j] = 0;
       y[j] = -1;
       if (j >= u.n) continue;
-      const int64_t row = u.row + j * u.step;
-      const row_info<A> info = load_row_info(p, row, u.x + j * u.step);
+      const int64_t row = u.row + u.at(j);
+      const row_info<A> info = load_row_info(p, row, u.x + u.at(j));
       const A top = g.max ? value_at<A>(g.max, row) : st[j].m;
       const A l = g.max ? value_at<A>(g.log_sum, row) : log_sum_of(st[j].m, st[j].s);
       A a = 0;
@@ -264,14 +267,14 @@ struct plane_grads {
                                              const plane_unit<T> &u, int c, A (&x)[V]) const {
 #pragma unroll
     for (int j = 0; j < V; ++j) {
-      const int64_t row = u.row + j * u.step;
+      const int64_t row = u.row + u.at(j);
       if ((second >> j & 1) && p.target2[row] == c) x[j] += value_at<A>(g.grad_log_prob2, row);
     }
   }
 };
 
 template <class T, int BODY>
-__global__ void __launch_bounds__(128, BODY == FAST ? 4 : 2)
+__global__ void __launch_bounds__(128, BODY == FAST ? 4 : 3)
 planes_backward(wce_problem p, wce_row_grads g, int across, const acc<T> *weight_sum,
                 unsigned long long *bad) {
   using A = acc<T>;
@@ -314,7 +317,7 @@ planes_backward(wce_problem p, wce_row_grads g, int across, const acc<T> *weight
         } else {
 #pragma unroll
           for (int j = 0; j < V; ++j)
-            if (j < u.n) plane[j * u.step] = rounder<T>::from(x[j]);
+            if (j < u.n) plane[u.at(j)] = rounder<T>::from(x[j]);
         }
       }
     }

@@ -78,10 +78,10 @@ WCE_DEVICE void widen_all(const packet<T> &p, acc<T> (&to)[width<T>]) {
 
 // V elements `step` apart, one by one: n of them, then `fill`.
 template <class T>
-WCE_DEVICE uint4 gather16(const T *from, int64_t step = 1, int n = width<T>, T fill = T()) {
+WCE_DEVICE uint4 gather16(const T *from, int step = 1, int n = width<T>, T fill = T()) {
   packet<T> p;
 #pragma unroll
-  for (int j = 0; j < width<T>; ++j) p.v[j] = j < n ? from[j * step] : fill;
+  for (int j = 0; j < width<T>; ++j) p.v[j] = j < n ? from[static_cast<int64_t>(j) * step] : fill;
   uint4 raw;
   memcpy(&raw, &p, 16);
   return raw;

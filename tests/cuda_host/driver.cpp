@@ -22,7 +22,7 @@ enum field {
   IGNORE, SKIP_EMPTY, REDUCTION, EMPTY_ZERO, LOSS_DTYPE, OUTPUTS, CHECK,
   GRAD_DTYPE, GRAD_STRIDE, SAVED, HAS_DENOMINATOR,
   REGIME, THREADS, LANES, TILE, COLUMNS, BLOCKS,
-  FAR_OUTER, FAR_CLASS,  // elements by which the strides of logits, probabilities and gradient grow
+  FAR_OUTER, FAR_CLASS, FAR_INNER,  // added to the strides of logits, probabilities and gradient
   SPIKE, FLOOR, SOFT, FIELDS = 64
 };
 enum array {
@@ -108,7 +108,7 @@ struct test_case {
   wce_problem p = {};
   size_t acc = 4, rows = 0;
 
-  bool is_far() const { return f[FAR_OUTER] || f[FAR_CLASS]; }
+  bool is_far() const { return f[FAR_OUTER] || f[FAR_CLASS] || f[FAR_INNER]; }
 
   // Calls move(element of the dense tensor, element of the spread one) for each of them.
   template <class Move>
@@ -118,7 +118,7 @@ struct test_case {
         for (int64_t i = 0; i < p.inner; ++i) {
           const int64_t from =
               o * dense.stride_outer + c * dense.stride_class + i * dense.stride_inner;
-          move(from, from + o * f[FAR_OUTER] + c * f[FAR_CLASS]);
+          move(from, from + o * f[FAR_OUTER] + c * f[FAR_CLASS] + i * f[FAR_INNER]);
         }
   }
 
@@ -132,7 +132,7 @@ struct test_case {
       memcpy(to.data + at * size, static_cast<const char *>(view.data) + from * size, size);
     });
     return {to.data, view.stride_outer + f[FAR_OUTER], view.stride_class + f[FAR_CLASS],
-            view.stride_inner};
+            view.stride_inner + f[FAR_INNER]};
   }
 
   bool read() {

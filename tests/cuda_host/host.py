@@ -178,7 +178,7 @@ class Job:
     check: bool = False         # record bad rows instead of stopping
     saved: bool = True          # backward gets m and L
     layout: str = None          # rows or planes, where both are possible
-    far: tuple = (0, 0)         # elements by which the driver enlarges stride_outer, stride_class
+    far: tuple = (0, 0, 0)      # what the driver adds to stride_outer, stride_class, stride_inner
     plan: dict = field(default_factory=dict)
 
     @property
