@@ -35,7 +35,8 @@ BODIES = ("fast", "general", "entropy")
 
 
 def budget(dtype, kernel, body, arch):
-    two_blocks = kernel == "rows_backward" and dtype in ("bf16", "f16") and int(str(arch).rstrip("af")) >= 100
+    number = int(str(arch).rstrip("af"))
+    two_blocks = kernel == "rows_backward" and dtype in ("bf16", "f16") and number >= 100
     if body == "fast" and dtype != "f64" and not two_blocks:
         return FAST_BUDGET[kernel]
     return GENERAL_BUDGET[kernel]

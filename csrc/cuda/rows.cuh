@@ -1,6 +1,6 @@
 // rows.cuh -- the class dimension is contiguous: `lanes` neighbouring threads share a row.
 //
-// A row (or a chunk of it) is read once, 16 bytes per load and unroll loads in flight per thread,
+// A row (or a chunk of it) is read once, 16 bytes per load and several loads in flight per thread,
 // with a running maximum. Rows may start anywhere: the elements before the first 16-byte boundary
 // and after the last are read one by one. With chunks > 1 forward leaves a piece per chunk, and
 // rows_combine finishes the rows.
@@ -11,7 +11,7 @@
 
 namespace wce_cuda {
 
-// Loads of 16 bytes in flight per thread. The general body of 16-bit logits has no registers for more.
+// Loads of 16 bytes in flight per thread. General bodies of 16-bit logits lack registers for more.
 template <class T, int BODY>
 constexpr int unroll = BODY == FAST || sizeof(T) >= 4 ? 4 : 2;
 

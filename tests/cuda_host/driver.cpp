@@ -83,8 +83,8 @@ void must(const wce_cuda_status &status) {
 
 size_t size_of(int64_t dtype) { return dtype == WCE_F64 ? 8 : dtype == WCE_F32 ? 4 : 2; }
 
-// The elements of a tensor copied to where larger strides put them, and back. In between lies address
-// space without memory.
+// The elements of a tensor copied to where larger strides put them, and back. In between lies
+// address space without memory.
 struct spread_memory {
   unsigned char *data = nullptr;
   size_t bytes = 0;

@@ -122,8 +122,8 @@ def bad_targets():
     raises(IndexError, "Target 9 is out of bounds. (position [1]", mix, x, good,
            torch.tensor([0, 9]), 0.5)
     for a, b in ((good, torch.tensor([0, 1])), (torch.tensor([0, 1]), good)):
-        raises(ValueError, "Target 1 (position [1]) is a class whose class_prior is 0", mix, x, a, b,
-               0.5, class_prior=prior)
+        raises(ValueError, "Target 1 (position [1]) is a class whose class_prior is 0",
+               mix, x, a, b, 0.5, class_prior=prior)
     os.environ["WCE_CHECK_TARGETS"] = "yes"
     raises(RuntimeError, "WCE_CHECK_TARGETS: expected sync or nothing, got yes", ce, x, good)
     del os.environ["WCE_CHECK_TARGETS"]
