@@ -140,21 +140,45 @@ def cuda_archs(nvcc):
     Default: the lowest of each generation that nvcc knows, from 75 on (its code runs on the whole
     generation), and PTX of the last for processors still to come.
     """
+    known = set(map(int, re.findall(r"compute_(\d+)", output_of(nvcc, "--list-gpu-arch"))))
     wish = re.split(r"[;, ]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip("; "))
     if wish != [""]:
-        for arch in wish:
-            if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", arch):
-                fail(
-                    f"{arch!r} in TORCH_CUDA_ARCH_LIST is not understood",
-                    'write numbers, such as "8.0;9.0+PTX", or unset it.',
-                )
-        return [arch.replace(".", "") for arch in wish]
+        return wanted_archs(wish, known)
     lowest = {}
-    for arch in sorted(map(int, re.findall(r"compute_(\d+)", output_of(nvcc, "--list-gpu-arch")))):
+    for arch in sorted(known):
         if arch >= 75:
             lowest.setdefault(arch // 10, str(arch))
     archs = list(lowest.values())
     return archs[:-1] + [archs[-1] + "+PTX"]
+
+
+def wanted_archs(wish, known):
+    """What TORCH_CUDA_ARCH_LIST names, each once."""
+    archs = {}
+    for arch in wish:
+        found = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", arch)
+        if not found:
+            fail(
+                f"{arch!r} in TORCH_CUDA_ARCH_LIST is not understood",
+                'write numbers, such as "8.0;9.0+PTX", or unset it.',
+            )
+        major, minor, suffix, ptx = found.groups()
+        if int(major + minor) not in known:
+            fail(
+                f"this nvcc does not know {arch} of TORCH_CUDA_ARCH_LIST",
+                f"choose from {', '.join(f'{n // 10}.{n % 10}' for n in sorted(known))}, or"
+                " install a CUDA toolkit that knows it.",
+            )
+        number = major + minor + suffix
+        archs[number] = archs.get(number) or ptx or ""
+    return [number + ptx for number, ptx in archs.items()]
+
+
+def cuda_library_dirs(nvcc):
+    """Where nvcc would look for libraries: nvcc may be a link, or a script that calls another."""
+    plan = subprocess.run([nvcc, "--dryrun", "-x", "cu", "/dev/null"], capture_output=True,
+                          text=True).stderr
+    return re.findall(r'"-L([^"]+)"', plan)
 
 
 # ---- command lines: pairs of (command, source) -------------------------------------------------
@@ -268,8 +292,7 @@ class BuildExt(build_ext):
         ext.library_dirs = library_paths()
         ext.libraries = ["c10", "torch", "torch_cpu", "torch_python"]
         if nvcc:
-            home = Path(nvcc).resolve().parent.parent
-            ext.library_dirs += [str(home / lib) for lib in ("lib64", "lib")]
+            ext.library_dirs += cuda_library_dirs(nvcc)
             ext.libraries += ["cudart_static", "dl", "pthread", "rt"]
         super().build_extension(ext)  # links, if an object is newer than the library
 

@@ -342,9 +342,28 @@ def test_cuda_architectures(monkeypatch, tmp_path):
     ):
         assert f"-gencode={flag}" in flags
     assert "code=compute_80" not in flags
-    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "Ampere")
-    with pytest.raises(SystemExit, match="'Ampere' in TORCH_CUDA_ARCH_LIST"):
-        build_rules.cuda_archs(str(nvcc))
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0;9.0+PTX;9.0a,9.0")
+    assert build_rules.cuda_archs(str(nvcc)) == ["90+PTX", "90a"]
+    for wish, message in (
+        ("Ampere", "'Ampere' in TORCH_CUDA_ARCH_LIST is not understood"),
+        ("8.0;12.0", "does not know 12.0 .*\n.*choose from 5.0, 7.5, 8.0, 8.6, 9.0, 10.0, 10.3"),
+    ):
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", wish)
+        with pytest.raises(SystemExit, match=message):
+            build_rules.cuda_archs(str(nvcc))
+
+
+def test_cuda_libraries_behind_a_script(tmp_path):
+    """nvcc on the path is often a script that calls the real one elsewhere."""
+    build_rules = load_setup()
+    real = build_rules.find_nvcc()
+    if not real:
+        pytest.skip("needs nvcc")
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text(f'#!/bin/sh\nexec {real} "$@"\n')
+    nvcc.chmod(0o755)
+    folders = build_rules.cuda_library_dirs(str(nvcc))
+    assert any(Path(folder, "libcudart_static.a").exists() for folder in folders)
 
 
 def test_library_reports_how_it_was_built():

@@ -167,7 +167,7 @@ def test_opinfo_samples(dtype):
         theirs = F.cross_entropy(s.input.double(), *args, **wide)
         # Signed weights make some means ill-conditioned: their relative error is not bounded.
         loose = {"f64": 1e-7, "f32": 1e-3, "bf16": 5e-2, "f16": 1e-2}[dtype]
-        assert_close(ours.double(), theirs.double(), rtol=loose, atol=loose)
+        assert_close(ours.double(), theirs.double(), rtol=loose, atol=loose, equal_nan=True)
 
 
 def test_module_inputs():
@@ -178,7 +178,8 @@ def test_module_inputs():
                                      training=True):
         loss = wce_torch.CrossEntropyLoss(*m.constructor_input.args, **m.constructor_input.kwargs)
         loss = loss.to(DEVICE)
-        assert_close(loss(*m.forward_input.args), m.reference_fn(loss, *m.forward_input.args))
+        assert_close(loss(*m.forward_input.args), m.reference_fn(loss, *m.forward_input.args),
+                     equal_nan=True)
 
 
 # ---- autograd ------------------------------------------------------------------------------------
@@ -196,8 +197,6 @@ def test_gradcheck(case):
 
 @pytest.mark.parametrize("case", SMALL_CASES, ids=case_ids(SMALL_CASES))
 def test_opcheck(case):
-    if case.reduction == "mean" and case.id == "5":
-        pytest.skip("nothing to compare")
     x, target, o = case.build(torch.float32, DEVICE)
     args = (x, target, o.get("weight"), REDUCTIONS.index(case.reduction),
             o.get("ignore_index", -100), o["label_smoothing"])
@@ -351,7 +350,8 @@ def memory(gib):
 def test_more_than_2_31_elements(shape):
     """bf16 logits; the last rows (positions) equal the same ones alone."""
     count = math.prod(shape)
-    memory(math.ceil(count * 4 * 1.1 / 2**30) + 1)
+    # Logits, gradient; per row a target, m, L, losses of two types and their gradients.
+    memory(math.ceil((count * 4 + count // shape[1] * 32) / 2**30) + 2)
     x = torch.empty(shape, dtype=torch.bfloat16, device=DEVICE)
     x.view(-1)[: count // 2].normal_()
     x.view(-1)[count // 2:].normal_()
@@ -392,10 +392,10 @@ def test_device_assert(shape, value):
         try:
             wce_torch.cross_entropy(x, y).item()
         except RuntimeError as error:
-            print("caught", error)
+            print("caught", error, flush=True)
         """)
     assert "caught" in done.stdout and "device-side assert" in done.stdout, done.stderr
-    assert f"target {value} at row 1 is out of bounds for" in done.stdout
+    assert f"target {value} at row 1 is out of bounds for" in done.stdout + done.stderr
 
 
 def test_checked_mode(monkeypatch):

@@ -202,6 +202,27 @@ def test_many_rows(driver, dtype):
     check_all(driver, problems)
 
 
+# What is added to the strides (outer, class, inner): products beyond 32 bits, signed and unsigned,
+# in elements and in bytes.
+FAR = {"lanes8": (2**31 + 8, 0, 0), "block": (0, 0, 2**30 + 8), "chunks": (0, 0, 2**31 + 9),
+       "plan_rows": (2**30 + 1, 0, 2**28 + 1), "planes": (0, 2**30 + 8, 0),
+       "slices": (2**32 + 8, 2**31 + 8, 0), "slices_odd": (2**33 + 5, 2**30 + 3, 0)}
+
+
+@pytest.mark.parametrize("body", ["weighted", "soft"])
+@pytest.mark.parametrize("way", FAR)
+def test_far_apart(driver, way, body):
+    """64-bit offsets: rows and planes of logits, probabilities and gradient lie GiB apart."""
+    problems = []
+    for classes in (5, 40):
+        case = Case((3, classes, 9), reduction="mean", **BODIES[body])
+        for saved in (True, False):
+            job, *rest = placed_problem(case, "f32", way, 1, saved=saved)
+            job.far = FAR[way]
+            problems.append((job, *rest))
+    check_all(driver, problems)
+
+
 # ---- special values ------------------------------------------------------------------------------
 
 
@@ -385,6 +406,9 @@ def test_excluded_class_is_a_bad_target(driver):
     job = Job(torch.randn(4, 3), target=torch.tensor([0, 2, 1, 1]), prior=prior, check=True)
     (got,) = host.run(driver, [job])
     assert got["bad"] == 2
+    job.check, job.target2 = False, torch.tensor([0, 0, 2, 0])
+    done = host.run_raw(driver, [job])
+    assert b"target 1 at row 2 is out of bounds" in done.stderr
 
 
 # ---- from Python to the kernels ------------------------------------------------------------------

@@ -1,7 +1,7 @@
 // arch.cuh -- everything that depends on the machine: PTX, barriers, the launch syntax.
 //
 // Each helper has a host twin, so that the kernels also run on a CPU (tests/cuda_host), where the
-// macros below are defined first. There a test can leave out one barrier or one bounds check by
+// macros below are defined first. There a test can leave out one barrier, wait or bounds check by
 // its name, and expects to be told of it.
 #ifndef WCE_CUDA_ARCH_CUH
 #define WCE_CUDA_ARCH_CUH
@@ -19,6 +19,8 @@
 #ifndef WCE_SYNC
 #define WCE_SYNC(place) __syncthreads()
 #define WCE_GUARD(place, condition) (condition)
+#define WCE_COPY16(to, from) copy16_async(to, from)
+#define WCE_WAIT(place) wait_for_copies()
 #define WCE_LAUNCH(kernel, blocks, threads, shared, stream, ...) \
   kernel<<<(unsigned)(blocks), (unsigned)(threads), (shared), (stream)>>>(__VA_ARGS__)
 #define WCE_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
@@ -64,6 +66,23 @@ WCE_DEVICE uint4 load16(const void *address) {
   return __ldg(static_cast<const uint4 *>(address));
 #else
   return *static_cast<const uint4 *>(address);
+#endif
+}
+
+// 16 bytes from global to shared memory without a detour through registers. They are there for this
+// thread after wait_for_copies(), for the block after a barrier behind it. sm_75 cannot: it waits.
+WCE_DEVICE void copy16_async(void *shared, const void *global) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
+#else
+  *static_cast<uint4 *>(shared) = load16_once(global);
+#endif
+}
+
+WCE_DEVICE void wait_for_copies() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_all;" ::: "memory");
 #endif
 }
 

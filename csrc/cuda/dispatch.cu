@@ -40,7 +40,7 @@ sum_weights(const A *weight, int64_t classes, A *result) {
 constexpr int64_t most_partials = 8192;      // blocks that leave a partial sum
 constexpr int64_t most_blocks = 1 << 20;     // of a launch without sums
 constexpr int64_t one_block_bytes = 65536;   // below, one block does everything in one launch
-constexpr int64_t narrow_bytes = 16384;      // of a tile
+constexpr int64_t narrow_bytes = 12288;      // of a tile; a block has two
 constexpr int64_t chunk_columns = 2048;      // least of a chunk
 constexpr int64_t busy_items = 1024;         // as many chunks keep a large card busy
 constexpr int64_t most_columns = 1 << 30;    // columns of a chunk are counted in 32 bits
@@ -60,20 +60,28 @@ static bool is_packed(const wce_problem &p, const wce_view &v) {
          (p.outer == 1 || v.stride_outer == p.inner * p.classes);
 }
 
+// Few rows: a tile per block. Many: several, so that the next one comes in meanwhile.
+static int64_t narrow_blocks(int64_t tiles) {
+  const int64_t blocks = ceil_div(tiles, 4);
+  return blocks < 2048 ? 2048 : blocks < most_partials ? blocks : most_partials;
+}
+
 static wce_cuda_plan narrow_plan(const wce_problem &p) {
-  const size_t element_bytes = bytes_of(p.dtype) + (p.prob.data ? bytes_of(p.prob_dtype) : 0);
-  const int64_t row_bytes = p.classes * static_cast<int64_t>(element_bytes);
-  const int threads = row_bytes * 128 > 2 * narrow_bytes ? 64 : 128;
+  const int element_bytes = bytes_of(p.dtype) + (p.prob.data ? bytes_of(p.prob_dtype) : 0);
+  const int64_t row_bytes = p.classes * element_bytes;
+  int threads = 128;
+  while (threads > 32 && row_bytes * threads > narrow_bytes) threads /= 2;
   int64_t turns = narrow_bytes / (row_bytes * threads);
   if (turns < 1) turns = 1;
   if (turns > 8) turns = 8;
   wce_cuda_plan plan = {WCE_CUDA_NARROW, threads, 1, threads * turns, p.classes, 1, 0};
   if (rows_of(p) < plan.tile) plan.tile = rows_of(p);
+  plan.blocks = narrow_blocks(plan.tile > 0 ? ceil_div(rows_of(p), plan.tile) : 0);
   return plan;
 }
 
 static wce_cuda_plan rows_plan(const wce_problem &p) {
-  const int64_t vector = 16 / static_cast<int64_t>(bytes_of(p.dtype)), rows = rows_of(p);
+  const int64_t vector = 16 / bytes_of(p.dtype), rows = rows_of(p);
   int64_t chunks = ceil_div(p.classes, most_columns);
   if (chunks < 1) chunks = 1;
   if (rows < busy_items / 2) {
@@ -98,7 +106,7 @@ static wce_cuda_plan rows_plan(const wce_problem &p) {
 }
 
 static wce_cuda_plan planes_plan(const wce_problem &p) {
-  const int64_t vector = 16 / static_cast<int64_t>(bytes_of(p.dtype));
+  const int64_t vector = 16 / bytes_of(p.dtype);
   const int64_t units = p.outer * ceil_div(p.inner, vector);
   int64_t slices = 1;
   while (slices < 16 && units * slices < 65536 && p.classes >= slices * 32) slices *= 2;
@@ -109,7 +117,7 @@ static int64_t turns_of(const wce_cuda_plan &plan, const wce_problem &p) {
   if (plan.regime == WCE_CUDA_NARROW) return ceil_div(rows_of(p), plan.tile > 0 ? plan.tile : 1);
   if (plan.regime == WCE_CUDA_ROWS)
     return ceil_div(rows_of(p) * plan.chunks, plan.threads / plan.lanes);
-  const int64_t vector = 16 / static_cast<int64_t>(bytes_of(p.dtype));
+  const int64_t vector = 16 / bytes_of(p.dtype);
   return ceil_div(p.outer * ceil_div(p.inner, vector), plan.lanes);
 }
 
@@ -126,7 +134,7 @@ static bool is_planes(const wce_problem &p) {
 }
 
 static int64_t logit_bytes(const wce_problem &p) {
-  return rows_of(p) * p.classes * static_cast<int64_t>(bytes_of(p.dtype));
+  return rows_of(p) * p.classes * bytes_of(p.dtype);
 }
 
 // Blocks that leave a partial sum in forward.
@@ -168,7 +176,7 @@ extern "C" wce_cuda_plan wce_cuda_forward_plan(const wce_problem *problem) {
   wce_cuda_plan plan = is_narrow(p)   ? narrow_plan(p)
                        : is_planes(p) ? planes_plan(p)
                                       : rows_plan(p);
-  plan.blocks = most_partials;
+  if (plan.regime != WCE_CUDA_NARROW) plan.blocks = most_partials;
   if (logit_bytes(p) <= one_block_bytes && plan.chunks == 1) {
     plan.blocks = 1;
     if (plan.regime == WCE_CUDA_NARROW) plan.threads = 256;
@@ -182,7 +190,7 @@ extern "C" wce_cuda_plan wce_cuda_backward_plan(const wce_problem *problem,
   wce_cuda_plan plan = is_narrow(p) && is_packed(p, grads->dx) ? narrow_plan(p)
                        : is_planes(p)                          ? planes_plan(p)
                                                                : rows_plan(p);
-  plan.blocks = most_blocks;
+  if (plan.regime != WCE_CUDA_NARROW) plan.blocks = most_blocks;
   return plan;
 }
 
@@ -199,7 +207,8 @@ extern "C" size_t wce_cuda_backward_workspace(const wce_cuda_plan *plan,
 }
 
 static wce_cuda_status start_check(uint64_t *bad, void *stream) {
-  if (bad) cudaMemsetAsync(bad, 0xff, sizeof *bad, static_cast<cudaStream_t>(stream));
+  if (!bad) return {};
+  cudaMemsetAsync(bad, 0xff, sizeof *bad, static_cast<cudaStream_t>(stream));
   return launched("memset of the bad row");
 }
 

@@ -17,10 +17,7 @@ static inline bool is_fast(const wce_problem &p) {
 static inline size_t at_least(size_t bytes, size_t least) { return bytes < least ? least : bytes; }
 
 static inline size_t narrow_shared(const wce_problem &p, const wce_cuda_plan &plan) {
-  const size_t elements = static_cast<size_t>(plan.tile * p.classes);
-  size_t bytes = (elements * bytes_of(p.dtype) + 16 + 15) & ~size_t(15);
-  if (p.prob.data) bytes += elements * bytes_of(p.prob_dtype) + 16;
-  return at_least(bytes, plan.threads / 32 * sizeof(sums));
+  return at_least(2 * narrow_buffer_bytes(p, plan.tile), plan.threads / 32 * sizeof(sums));
 }
 
 template <class T, int BODY>

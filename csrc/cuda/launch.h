@@ -22,10 +22,6 @@ struct launch {
 
 constexpr int combine_threads = 256;
 
-inline size_t bytes_of(wce_dtype dtype) {
-  return dtype == WCE_F64 ? 8 : dtype == WCE_F32 ? 4 : 2;
-}
-
 // The error of the launch just made, with the kernel's name.
 wce_cuda_status launched(const char *kernel);
 

@@ -1,5 +1,9 @@
-// planes.cuh -- positions are contiguous, classes lie a plane apart: a thread owns the V positions
-// of 16 bytes and walks the classes, GROUP planes at a time with a running maximum.
+// planes.cuh -- positions are contiguous, classes lie a plane apart: a thread owns V positions and
+// walks the classes, several planes at a time with a running maximum.
+//
+// Its positions are those of 16 bytes where every plane starts on a 16-byte boundary. Where planes
+// start anywhere (an odd number of positions), no vector of one plane is a vector in the next: then
+// the positions of a thread lie `step` apart, and neighbouring threads read neighbouring elements.
 //
 // A block is `across` threads side by side times blockDim/across slices; slice k takes the groups
 // k, k+slices, ... of classes (few positions, many classes), and the slices merge at the end.
@@ -13,24 +17,26 @@ namespace wce_cuda {
 template <class T, int BODY>
 constexpr int plane_group = BODY == FAST ? 8 : (width<T> > 4 ? 2 : 4);
 
+// Whether each plane of v starts on a 16-byte boundary.
+template <class T>
+WCE_DEVICE bool planes_aligned(const wce_view &v) {
+  return aligned16(v.data) && v.stride_class % width<T> == 0 && v.stride_outer % width<T> == 0;
+}
+
 // The positions of one thread.
 template <class T>
 struct plane_unit {
-  using A = acc<T>;
   const T *x;        // class 0
   int64_t row;       // of the first position
   int64_t prob_at;   // of class 0 within the target probabilities
   int64_t dx_at;     // likewise within the gradient
+  int step;          // from one position to the next
   int n;             // positions, at most V; 0 beyond the end
   int column, slice, slices;
-  bool vectors;      // every plane can be read 16 bytes at a time
-};
+  bool vectors;      // every plane can be read and written 16 bytes at a time
 
-template <class T>
-WCE_DEVICE bool planes_aligned(const T *at, int64_t stride_class, int n) {
-  return WCE_GUARD(planes_tail, n == width<T>) && aligned16(at) &&
-         stride_class % width<T> == 0;
-}
+  __device__ __forceinline__ int64_t at(int j) const { return static_cast<int64_t>(j) * step; }
+};
 
 template <class T>
 WCE_DEVICE plane_unit<T> plane_unit_at(const wce_problem &p, const wce_view *dx, int64_t first,
@@ -40,15 +46,20 @@ WCE_DEVICE plane_unit<T> plane_unit_at(const wce_problem &p, const wce_view *dx,
   u.column = threadIdx.x % across;
   u.slice = threadIdx.x / across;
   u.slices = blockDim.x / across;
+  const bool aligned = planes_aligned<T>(p.logits) && (!dx || planes_aligned<T>(*dx));
   const int64_t per_outer = (p.inner + V - 1) / V, unit = first + u.column;
   const place at = place_of(unit, per_outer);
-  const int64_t i = at.inner * V, left = p.inner - i;
-  u.n = unit >= p.outer * per_outer ? 0 : static_cast<int>(left < V ? left : V);
+  const bool apart = !aligned && per_outer <= INT32_MAX;
+  const int64_t i = apart ? at.inner : at.inner * V;
+  u.step = apart ? static_cast<int>(per_outer) : 1;
+  u.n = 0;
+  if (unit < p.outer * per_outer)
+    while (u.n < V && i + u.at(u.n) < p.inner) ++u.n;
   u.row = at.outer * p.inner + i;
   u.x = static_cast<const T *>(p.logits.data) + at.outer * p.logits.stride_outer + i;
   u.prob_at = at.outer * p.prob.stride_outer + i;
   u.dx_at = dx ? at.outer * dx->stride_outer + i : 0;
-  u.vectors = planes_aligned(u.x, p.logits.stride_class, u.n);
+  u.vectors = aligned && WCE_GUARD(planes_tail, u.n == V);
   return u;
 }
 
@@ -65,7 +76,7 @@ WCE_DEVICE void load_planes(const wce_problem &p, const plane_unit<T> &u, int c,
     if (u.vectors && WCE_GUARD(planes_classes, c + k < classes))
       to[k] = once ? load16_once(plane) : load16(plane);
     else
-      to[k] = gather16(plane, c + k < classes ? u.n : 0, none);
+      to[k] = gather16(plane, u.step, c + k < classes ? u.n : 0, none);
   }
 }
 
@@ -84,12 +95,12 @@ WCE_DEVICE void plane_general(const wce_problem &p, const plane_unit<T> &u, int 
   A q[V] = {};
   if (p.prob.data) {
     const int64_t at = u.prob_at + c * p.prob.stride_class;
-    if (u.n == V) {
+    if (u.vectors) {
       load_run_as<V>(p.prob_dtype, p.prob.data, at, q);
     } else {
 #pragma unroll
       for (int j = 0; j < V; ++j)
-        if (j < u.n) q[j] = load_as<A>(p.prob_dtype, p.prob.data, at + j);
+        if (j < u.n) q[j] = load_as<A>(p.prob_dtype, p.prob.data, at + u.at(j));
     }
   }
 #pragma unroll
@@ -156,7 +167,7 @@ WCE_DEVICE void merge_slices(const plane_unit<T> &u, int across, bool everyone,
 }
 
 template <class T, int BODY>
-__global__ void __launch_bounds__(128, BODY == FAST ? 4 : 2)
+__global__ void __launch_bounds__(128, BODY == FAST ? 4 : 3)
 planes_forward(wce_problem p, wce_row_outputs out, wce_cuda_total total, int across,
                sums *partials, unsigned long long *bad) {
   using S = stats<acc<T>, BODY>;
@@ -176,8 +187,11 @@ planes_forward(wce_problem p, wce_row_outputs out, wce_cuda_total total, int acr
     if (u.slice == 0)
 #pragma unroll
       for (int j = 0; j < V; ++j)
-        if (j < u.n)
-          finish_row(p, out, u.row + j, st[j], load_row_info(p, u.row + j, u.x + j), mine);
+        if (j < u.n) {
+          const int64_t at = u.at(j);
+          const row_info<acc<T>> info = load_row_info(p, u.row + at, u.x + at);
+          finish_row(p, out, u.row + at, st[j], info, mine);
+        }
   }
   finish_block<acc<T>>(p, total, mine, partials, reinterpret_cast<sums *>(shared), bad);
 }
@@ -222,8 +236,8 @@ struct plane_grads {
       m[j] = ke[j] = ka[j] = dy[j] = 0;
       y[j] = -1;
       if (j >= u.n) continue;
-      const int64_t row = u.row + j;
-      const row_info<A> info = load_row_info(p, row, u.x + j);
+      const int64_t row = u.row + u.at(j);
+      const row_info<A> info = load_row_info(p, row, u.x + u.at(j));
       const A top = g.max ? value_at<A>(g.max, row) : st[j].m;
       const A l = g.max ? value_at<A>(g.log_sum, row) : log_sum_of(st[j].m, st[j].s);
       A a = 0;
@@ -252,14 +266,16 @@ struct plane_grads {
   __device__ __forceinline__ void add_second(const wce_problem &p, const wce_row_grads &g,
                                              const plane_unit<T> &u, int c, A (&x)[V]) const {
 #pragma unroll
-    for (int j = 0; j < V; ++j)
-      if ((second >> j & 1) && p.target2[u.row + j] == c)
-        x[j] += second_spike(p, g, u.row + j, load_row_info(p, u.row + j, u.x + j));
+    for (int j = 0; j < V; ++j) {
+      const int64_t row = u.row + u.at(j);
+      if ((second >> j & 1) && p.target2[row] == c)
+        x[j] += second_spike(p, g, row, load_row_info(p, row, u.x + u.at(j)));
+    }
   }
 };
 
 template <class T, int BODY>
-__global__ void __launch_bounds__(128, BODY == FAST ? 4 : 2)
+__global__ void __launch_bounds__(128, BODY == FAST ? 4 : 3)
 planes_backward(wce_problem p, wce_row_grads g, int across, const acc<T> *weight_sum,
                 unsigned long long *bad) {
   using A = acc<T>;
@@ -283,7 +299,6 @@ planes_backward(wce_problem p, wce_row_grads g, int across, const acc<T> *weight
     plane_grads<T> d;
     d.load(p, g, u, st, weight_sum, worst);
     T *dx = static_cast<T *>(const_cast<void *>(g.dx.data)) + u.dx_at;
-    const bool vectors = planes_aligned(dx, g.dx.stride_class, u.n);
     bool none[V] = {};
     for (int c = u.slice * K; u.n > 0 && c < classes; c += u.slices * K) {
       uint4 raw[K];
@@ -298,17 +313,17 @@ planes_backward(wce_problem p, wce_row_grads g, int across, const acc<T> *weight
         for (int j = 0; j < V; ++j) x[j] = d.template at<BODY>(j, c + k, x[j], a[j]);
         if (d.second) d.add_second(p, g, u, c + k, x);
         T *plane = dx + (c + k) * g.dx.stride_class;
-        if (vectors) {
+        if (u.vectors) {
           store16_once(plane, pack<T>(x));
         } else {
 #pragma unroll
           for (int j = 0; j < V; ++j)
-            if (j < u.n) plane[j] = rounder<T>::from(x[j]);
+            if (j < u.n) plane[u.at(j)] = rounder<T>::from(x[j]);
         }
       }
     }
   }
-  report_bad_target(p, worst, bad);
+  report_bad_target<A>(p, worst, bad);
 }
 
 }  // namespace wce_cuda

@@ -102,6 +102,7 @@ WCE_DEVICE void stop_at_bad_target(long long row, long long y, long long classes
 
 // Records the smallest bad row where `bad` is given, else stops the device. Called at the end of a
 // kernel: a call in the middle would cost its loops registers.
+template <class A>
 WCE_DEVICE void report_bad_target(const wce_problem &p, long long row, unsigned long long *bad) {
   if (row == no_row) return;
   if (bad) {
@@ -109,8 +110,9 @@ WCE_DEVICE void report_bad_target(const wce_problem &p, long long row, unsigned 
     return;
   }
   int64_t y = p.target ? p.target[row] : p.ignore_index;
-  const bool fine = y == p.ignore_index || (y >= 0 && y < p.classes);
-  if (fine && p.target2) y = p.target2[row];
+  bool first = false;
+  checked_class<A>(p, y, first);
+  if (!first && p.target2) y = p.target2[row];
   stop_at_bad_target(row, y, p.classes);
 }
 
@@ -198,7 +200,7 @@ WCE_DEVICE void finish_block(const wce_problem &p, const wce_cuda_total &t, cons
     finish_total<A>(t, all);
   else if (t.reduction != WCE_NONE)
     partials[blockIdx.x] = all;
-  report_bad_target(p, all.bad, bad);
+  report_bad_target<A>(p, all.bad, bad);
 }
 
 // ---- backward: dx_c = ke*e^(x_c-m) - ka*a_c + dy*[c = y] + dy2*[c = y2], a_c without the spike --

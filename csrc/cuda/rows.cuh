@@ -1,6 +1,6 @@
 // rows.cuh -- the class dimension is contiguous: `lanes` neighbouring threads share a row.
 //
-// A row (or a chunk of it) is read once, 16 bytes per load and UNROLL loads in flight per thread,
+// A row (or a chunk of it) is read once, 16 bytes per load and several loads in flight per thread,
 // with a running maximum. Rows may start anywhere: the elements before the first 16-byte boundary
 // and after the last are read one by one. With chunks > 1 forward leaves a piece per chunk, and
 // rows_combine finishes the rows.
@@ -11,7 +11,9 @@
 
 namespace wce_cuda {
 
-constexpr int UNROLL = 4;
+// Loads of 16 bytes in flight per thread. General bodies of 16-bit logits lack registers for more.
+template <class T, int BODY>
+constexpr int unroll = BODY == FAST || sizeof(T) >= 4 ? 4 : 2;
 
 // Blocks of 256 threads that a multiprocessor should hold: 3 keep 48 KiB of loads in flight.
 template <class T, int BODY>
@@ -75,7 +77,7 @@ struct rows_source {
 template <class T, int BODY>
 WCE_DEVICE stats<acc<T>, BODY> rows_scan(const rows_source<T> &from, int n, int lane, int lanes) {
   using A = acc<T>;
-  constexpr int V = width<T>, U = BODY == FAST ? UNROLL : 2;
+  constexpr int V = width<T>, U = unroll<T, BODY>;
   stats<A, BODY> st;
   st.clear();
   const frame f = frame_of(from.x, n);
@@ -272,7 +274,7 @@ template <class T, int BODY>
 WCE_DEVICE void rows_write(const rows_source<T> &from, const row_grad<acc<T>> &d, T *dx, int n,
                            int lane, int lanes) {
   using A = acc<T>;
-  constexpr int V = width<T>, U = BODY == FAST ? UNROLL : 1;
+  constexpr int V = width<T>, U = unroll<T, BODY>;
   const frame f = frame_of(dx, n);
   for (int k = lane; k < f.loose; k += lanes) {
     const int c = loose_at<T>(f, k);
@@ -331,7 +333,7 @@ rows_backward(wce_problem p, wce_row_grads g, rows_shape shape, const acc<T> *we
       rows_write<T, BODY>(from, d, dx, item.n, lane, shape.lanes);
     if (info.bad && lane == 0 && item.row < worst) worst = item.row;
   }
-  report_bad_target(p, worst, bad);
+  report_bad_target<A>(p, worst, bad);
 }
 
 }  // namespace wce_cuda

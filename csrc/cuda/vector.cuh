@@ -23,6 +23,10 @@ struct acc_of<double> {
 template <class T>
 using acc = typename acc_of<T>::type;
 
+__host__ __device__ inline int bytes_of(wce_dtype dtype) {
+  return dtype == WCE_F64 ? 8 : dtype == WCE_F32 ? 4 : 2;
+}
+
 template <class T>
 constexpr int width = 16 / static_cast<int>(sizeof(T));
 
@@ -72,12 +76,12 @@ WCE_DEVICE void widen_all(const packet<T> &p, acc<T> (&to)[width<T>]) {
   for (int j = 0; j < width<T>; ++j) to[j] = widen(p.v[j]);
 }
 
-// 16 bytes from an address that is aligned to an element only; of the first n, then `fill`.
+// V elements `step` apart, one by one: n of them, then `fill`.
 template <class T>
-WCE_DEVICE uint4 gather16(const T *from, int n = width<T>, T fill = T()) {
+WCE_DEVICE uint4 gather16(const T *from, int step = 1, int n = width<T>, T fill = T()) {
   packet<T> p;
 #pragma unroll
-  for (int j = 0; j < width<T>; ++j) p.v[j] = j < n ? from[j] : fill;
+  for (int j = 0; j < width<T>; ++j) p.v[j] = j < n ? from[static_cast<int64_t>(j) * step] : fill;
   uint4 raw;
   memcpy(&raw, &p, 16);
   return raw;

@@ -92,7 +92,8 @@ bool is_contiguous_of(const at::Tensor &tensor, at::ScalarType type) {
   return tensor.scalar_type() == type && tensor.is_contiguous();
 }
 
-const void *as_acc(const OptTensor &tensor, at::ScalarType acc, c10::MaybeOwned<at::Tensor> &owner) {
+const void *as_acc(const OptTensor &tensor, at::ScalarType acc,
+                   c10::MaybeOwned<at::Tensor> &owner) {
   if (!tensor) return nullptr;
   owner = rows_as(*tensor, acc);
   return data_of(*owner);

@@ -98,7 +98,9 @@ LossAndStats forward_no_classes(const LossArgs &args, const Problem &problem, in
 // The denominators, and the loss unless it is per row: in double, rounded once.
 void set_loss(const at::Tensor &loss, const at::Tensor &stats, const wce_sums &sums,
               const OptTensor &normalizer, int64_t reduction, bool empty_zero, bool is_mixture) {
-  const auto own = [&](double weight) { return reduction == WCE_MEAN ? wce_own_denominator(weight) : weight; };
+  const auto own = [&](double weight) {
+    return reduction == WCE_MEAN ? wce_own_denominator(weight) : weight;
+  };
   const double denominator = normalizer ? normalizer->item().toDouble() : own(sums.weight);
   const double denominator2 = own(sums.weight2);
   set_value(stats, denominator);

@@ -41,8 +41,10 @@ class TargetCheck {
  public:
   TargetCheck(const Tensor &like, void *stream) : stream_(stream) {
     const char *mode = std::getenv("WCE_CHECK_TARGETS");
-    if (mode && std::strcmp(mode, "sync") == 0 && !wce_cuda_is_capturing(stream))
-      bad_ = at::empty({1}, like.options().dtype(at::kLong));
+    if (!mode || !*mode) return;
+    TORCH_CHECK(std::strcmp(mode, "sync") == 0, "WCE_CHECK_TARGETS: expected sync or nothing, got ",
+                mode);
+    if (!wce_cuda_is_capturing(stream)) bad_ = at::empty({1}, like.options().dtype(at::kLong));
   }
   uint64_t *row() const {
     return bad_.defined() ? static_cast<uint64_t *>(bad_.mutable_data_ptr()) : nullptr;
@@ -56,17 +58,26 @@ class TargetCheck {
     const auto row = static_cast<int64_t>(bad);
     int64_t value = problem.ignore_index;
     if (problem.target) value = read(problem.target + row);
-    const bool is_class = value >= 0 && value < problem.classes;
-    if (problem.target2 && (is_class || value == problem.ignore_index))
-      value = read(problem.target2 + row);
+    if (problem.target2 && !is_bad(problem, value)) value = read(problem.target2 + row);
     raise_bad_target(value, row, shape, problem.classes);
   }
 
  private:
-  int64_t read(const int64_t *from) const {
-    int64_t value = 0;
+  template <class T>
+  T read(const T *from) const {
+    T value{};
     check_launch(wce_cuda_read(&value, from, sizeof value, stream_));
     return value;
+  }
+  // As the kernels see it (checked_class in row_math.cuh).
+  bool is_bad(const wce_problem &problem, int64_t value) const {
+    if (value == problem.ignore_index) return false;
+    if (value < 0 || value >= problem.classes) return true;
+    if (!problem.prior) return false;
+    const double prior = problem.dtype == WCE_F64
+                             ? read(static_cast<const double *>(problem.prior) + value)
+                             : read(static_cast<const float *>(problem.prior) + value);
+    return prior == -std::numeric_limits<double>::infinity();
   }
   Tensor bad_;
   void *stream_;

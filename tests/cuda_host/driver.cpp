@@ -6,6 +6,7 @@
 // Every array is copied to memory of exactly its size, so that the sanitizers see each access
 // beyond it.
 #include <sanitizer/asan_interface.h>
+#include <sys/mman.h>
 
 #include <vector>
 
@@ -21,6 +22,7 @@ enum field {
   IGNORE, SKIP_EMPTY, REDUCTION, EMPTY_ZERO, LOSS_DTYPE, OUTPUTS, CHECK,
   GRAD_DTYPE, GRAD_STRIDE, SAVED, HAS_DENOMINATOR, MIX_STRIDE,
   REGIME, THREADS, LANES, TILE, COLUMNS, BLOCKS,
+  FAR_OUTER, FAR_CLASS, FAR_INNER,  // added to the strides of logits, probabilities and gradient
   SPIKE, FLOOR, SOFT, FIELDS = 64
 };
 enum array {
@@ -81,11 +83,57 @@ void must(const wce_cuda_status &status) {
 
 size_t size_of(int64_t dtype) { return dtype == WCE_F64 ? 8 : dtype == WCE_F32 ? 4 : 2; }
 
+// The elements of a tensor copied to where larger strides put them, and back. In between lies
+// address space without memory.
+struct spread_memory {
+  unsigned char *data = nullptr;
+  size_t bytes = 0;
+
+  void map(size_t n) {
+    bytes = n;
+    void *memory = mmap(nullptr, n, PROT_READ | PROT_WRITE,
+                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory == MAP_FAILED) abort();
+    data = static_cast<unsigned char *>(memory);
+  }
+  ~spread_memory() {
+    if (data) munmap(data, bytes);
+  }
+};
+
 struct test_case {
   int64_t f[FIELDS];
   buffer in[ARRAYS];
+  spread_memory spread[3];  // logits, probabilities, gradient
   wce_problem p = {};
   size_t acc = 4, rows = 0;
+
+  bool is_far() const { return f[FAR_OUTER] || f[FAR_CLASS] || f[FAR_INNER]; }
+
+  // Calls move(element of the dense tensor, element of the spread one) for each of them.
+  template <class Move>
+  void for_each_element(const wce_view &dense, Move move) const {
+    for (int64_t o = 0; o < p.outer; ++o)
+      for (int64_t c = 0; c < p.classes; ++c)
+        for (int64_t i = 0; i < p.inner; ++i) {
+          const int64_t from =
+              o * dense.stride_outer + c * dense.stride_class + i * dense.stride_inner;
+          move(from, from + o * f[FAR_OUTER] + c * f[FAR_CLASS] + i * f[FAR_INNER]);
+        }
+  }
+
+  // The view with the larger strides, in memory of its own that holds what `view` holds.
+  wce_view spread_out(const wce_view &view, spread_memory &to, size_t size) const {
+    if (!is_far() || !view.data) return view;
+    int64_t last = 0;
+    for_each_element(view, [&](int64_t, int64_t at) { last = at > last ? at : last; });
+    to.map((last + 1) * size);
+    for_each_element(view, [&](int64_t from, int64_t at) {
+      memcpy(to.data + at * size, static_cast<const char *>(view.data) + from * size, size);
+    });
+    return {to.data, view.stride_outer + f[FAR_OUTER], view.stride_class + f[FAR_CLASS],
+            view.stride_inner + f[FAR_INNER]};
+  }
 
   bool read() {
     if (!read_exactly(f, sizeof f)) return false;
@@ -100,12 +148,13 @@ struct test_case {
     p.outer = f[OUTER];
     p.classes = f[CLASSES];
     p.inner = f[INNER];
-    p.logits = {in[X].data, f[X_OUTER], f[X_CLASS], f[X_INNER]};
+    p.logits = spread_out({in[X].data, f[X_OUTER], f[X_CLASS], f[X_INNER]}, spread[0], x_size);
     p.target = reinterpret_cast<const int64_t *>(in[TARGET].data);
     p.target2 = reinterpret_cast<const int64_t *>(in[TARGET2].data);
     p.mix = in[MIX].data;
     p.mix_stride = f[MIX_STRIDE];
-    p.prob = {in[PROB].data, f[PROB_OUTER], f[PROB_CLASS], f[PROB_INNER]};
+    p.prob = spread_out({in[PROB].data, f[PROB_OUTER], f[PROB_CLASS], f[PROB_INNER]}, spread[1],
+                        prob_size);
     p.prob_dtype = static_cast<wce_dtype>(f[PROB_DTYPE]);
     p.weight = in[WEIGHT].data;
     p.prior = in[PRIOR].data;
@@ -170,7 +219,9 @@ struct test_case {
     if (wants & BACKWARD) {
       dx.allocate(static_cast<size_t>(f[DX_BYTES]), f[DX_AT] * size_of(f[DTYPE]) % 16);
       wce_row_grads g = {};
-      g.dx = {dx.data, f[DX_OUTER], f[DX_CLASS], f[DX_INNER]};
+      const wce_view dense = {dx.data, f[DX_OUTER], f[DX_CLASS], f[DX_INNER]};
+      const size_t size = size_of(f[DTYPE]);
+      g.dx = spread_out(dense, spread[2], size);
       if (f[SAVED]) {
         g.max = max.data;
         g.log_sum = log_sum.data;
@@ -187,6 +238,10 @@ struct test_case {
       workspace.allocate(wce_cuda_backward_workspace(&plan, &p, &g));
       must(wce_cuda_backward(&plan, &p, &g, workspace.data,
                              reinterpret_cast<uint64_t *>(bad.data), nullptr));
+      if (is_far())
+        for_each_element(dense, [&](int64_t to, int64_t from) {
+          memcpy(dx.data + to * size, spread[2].data + from * size, size);
+        });
     }
     for (const buffer *b : {&loss, &denominator, &max, &log_sum, &row_loss, &lse, &log_prob,
                             &entropy, &correct, &bad, &dx})

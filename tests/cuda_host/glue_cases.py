@@ -101,13 +101,13 @@ def edges():
     assert torch.isnan(ce(x, **zeros)) and torch.isinf(ce(x, **zeros, normalizer=0))
 
 
-def raises(text, *args, **kwargs):
+def raises(kind, text, f, *args, **kwargs):
     try:
-        ce(*args, **kwargs)
-    except IndexError as error:
+        f(*args, **kwargs)
+    except kind as error:
         assert text in str(error), error
     else:
-        raise AssertionError("no IndexError")
+        raise AssertionError(f"no {kind.__name__}")
 
 
 def bad_targets():
@@ -115,11 +115,21 @@ def bad_targets():
     for shape in ((6, 5), (6, 40), (1, 9000), (2, 5, 3, 2)):
         x, target, _ = Case(shape, ignore="unused").build(torch.float32)
         target.view(-1)[-1] = 77777
-        raises("Target 77777 is out of bounds.", x, target)
-        raises("Target 77777 is out of bounds.", x, target, reduction="none")
+        raises(IndexError, "Target 77777 is out of bounds.", ce, x, target)
+        raises(IndexError, "Target 77777 is out of bounds.", ce, x, target, reduction="none")
         target.view(-1)[-1] = 0
         assert torch.isfinite(ce(x, target))
-    raises("out of bounds", torch.empty(3, 0), torch.zeros(3, dtype=torch.long))
+    raises(IndexError, "out of bounds", ce, torch.empty(3, 0), torch.zeros(3, dtype=torch.long))
+    # Each of two targets is named, for its value or for a prior of 0.
+    mix, x, good = wce_torch.mixup_cross_entropy, torch.randn(2, 3), torch.tensor([0, 2])
+    prior = torch.tensor([0.5, 0.0, 0.5])
+    raises(IndexError, "Target 9 is out of bounds. (position [1]", mix, x, good,
+           torch.tensor([0, 9]), 0.5)
+    for a, b in ((good, torch.tensor([0, 1])), (torch.tensor([0, 1]), good)):
+        raises(ValueError, "Target 1 (position [1]) is a class whose class_prior is 0",
+               mix, x, a, b, 0.5, class_prior=prior)
+    os.environ["WCE_CHECK_TARGETS"] = "yes"
+    raises(RuntimeError, "WCE_CHECK_TARGETS: expected sync or nothing, got yes", ce, x, good)
     del os.environ["WCE_CHECK_TARGETS"]
 
 

@@ -178,6 +178,7 @@ class Job:
     check: bool = False         # record bad rows instead of stopping
     saved: bool = True          # backward gets m and L
     layout: str = None          # rows or planes, where both are possible
+    far: tuple = (0, 0, 0)      # what the driver adds to stride_outer, stride_class, stride_inner
     plan: dict = field(default_factory=dict)
 
     @property
@@ -219,6 +220,7 @@ class Job:
             int(self.reduction == "mean"), int(self.mix is not None and self.mix.dim() > 0),
             REGIMES[regime] if regime else -1,
             *(self.plan.get(k, -1) for k in ("threads", "lanes", "tile", "columns", "blocks")),
+            *self.far,
         ]
         head = struct.pack(f"<{len(fields)}q3d", *fields, self.spike, self.floor, self.soft)
         head += bytes(64 * 8 - len(head))
@@ -322,5 +324,5 @@ def long_steps(classes):
 
 
 def places(path):
-    """Names of the barriers and bounds checks in a source file."""
-    return re.findall(r"WCE_(?:SYNC|GUARD)\((\w+)[,)]", path.read_text())
+    """Names of the barriers, waits and bounds checks in a source file."""
+    return re.findall(r"WCE_(?:SYNC|WAIT|GUARD)\((\w+)[,)]", path.read_text())

@@ -28,6 +28,7 @@ struct fiber {
   void *fake_stack = nullptr;
   position at;
   uint64_t turn = 0;  // of the warp's shuffles
+  std::vector<std::pair<uint4 *, const uint4 *>> copies;  // (to, from) that are still to come
   bool done = false;
 };
 
@@ -122,6 +123,7 @@ void run_block(dim3 block, dim3 block_size, dim3 grid, size_t shared_bytes) {
     fiber *f = dev.fibers[t].get();
     f->at = {dim3{t, 0, 0}, block, block_size, grid};
     f->turn = 0;
+    f->copies.clear();
     f->done = false;
     f->fake_stack = nullptr;
     getcontext(&f->context);
@@ -165,6 +167,17 @@ void block_barrier() {
     if (dev.fibers[t].get() != dev.current) make_ready(dev.fibers[t].get());
   make_ready(dev.current);
   switch_to_next(false);
+}
+
+void copy16(void *to, const void *from) {
+  fiber *me = dev.current;
+  me->copies.emplace_back(static_cast<uint4 *>(to), static_cast<const uint4 *>(from));
+  if (dev.random() % 2) wait_for_copies();
+}
+
+void wait_for_copies() {
+  for (const auto &[to, from] : dev.current->copies) *to = *from;
+  dev.current->copies.clear();
 }
 
 uint64_t exchange(uint64_t mine, int lane) {

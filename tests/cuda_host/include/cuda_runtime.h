@@ -3,6 +3,7 @@
 // Blocks run one after the other. The threads of a block run in an order drawn from a seed, each
 // until it reaches a barrier or a shuffle, some warps far ahead of others; a kernel whose result
 // depends on that order is wrong.
+// An asynchronous copy happens at once or, by chance, not before its thread waits for it.
 // Shared memory is allocated at its exact size and filled with nan for each block. A barrier that
 // not every thread of the block (a shuffle: of the warp) reaches ends the process.
 #pragma once
@@ -49,6 +50,8 @@ void run(int64_t blocks, int64_t threads, size_t shared, const std::function<voi
 unsigned char *shared();
 void block_barrier();
 uint64_t exchange(uint64_t mine, int lane);  // among the 32 threads of a warp
+void copy16(void *to, const void *from);     // now, or when the thread waits for its copies
+void wait_for_copies();
 
 }  // namespace shim
 
@@ -65,6 +68,11 @@ uint64_t exchange(uint64_t mine, int lane);  // among the 32 threads of a warp
 #define WCE_SYNC(place)                              \
   do {                                               \
     if (!WCE_LEFT_OUT(place)) shim::block_barrier(); \
+  } while (0)
+#define WCE_COPY16(to, from) shim::copy16(to, from)
+#define WCE_WAIT(place)                                \
+  do {                                                 \
+    if (!WCE_LEFT_OUT(place)) shim::wait_for_copies(); \
   } while (0)
 #define WCE_GUARD(place, condition) (WCE_LEFT_OUT(place) || (condition))
 #define WCE_LAUNCH(kernel, blocks, threads, shared_bytes, stream, ...) \
