@@ -179,14 +179,13 @@ static expected_gradient target_gradient(const wce_problem *p, const wce_row_gra
 }
 
 expected_gradient expect_gradient(const wce_problem *p, const wce_row_grads *grads,
-                                  const expected_row *e, int64_t row, int64_t c) {
-  if (!p->target2) return target_gradient(p, grads, e, row, c, 1, grads->denominator);
-  expected_row first = expect_half(p, e, row, 0), second = expect_half(p, e, row, 1);
+                                  const expected_row halves[2], int64_t row, int64_t c) {
+  if (!p->target2) return target_gradient(p, grads, halves, row, c, 1, grads->denominator);
   wce_row_grads loss_only = *grads;
   loss_only.grad_lse = loss_only.grad_log_prob = NULL;
   expected_gradient d =
-      target_gradient(p, grads, &first, row, c, share_of(p, row, 0), grads->denominator);
-  expected_gradient d2 = target_gradient(p, &loss_only, &second, row, c, share_of(p, row, 1),
+      target_gradient(p, grads, halves, row, c, share_of(p, row, 0), grads->denominator);
+  expected_gradient d2 = target_gradient(p, &loss_only, halves + 1, row, c, share_of(p, row, 1),
                                          grads->denominator2);
   return (expected_gradient){d.value + d2.value, d.size + d2.size};
 }

@@ -32,7 +32,8 @@ expected_row expect_row(const wce_problem *p, int64_t row);
 expected_row expect_half(const wce_problem *p, const expected_row *e, int64_t row, int half);
 
 typedef struct { double value, size; } expected_gradient;
+/* halves: what expect_half gives for the row.                                                     */
 expected_gradient expect_gradient(const wce_problem *p, const wce_row_grads *grads,
-                                  const expected_row *e, int64_t row, int64_t c);
+                                  const expected_row halves[2], int64_t row, int64_t c);
 
 #endif

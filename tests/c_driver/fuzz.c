@@ -485,8 +485,9 @@ static void check_gradient(const wce_row_grads *grads) {
   for (int64_t row = 0; row < now.rows; row++) {
     const expected_row *e = now.expected + row;
     if (e->bad) continue;
+    expected_row halves[2] = {expect_half(p, e, row, 0), expect_half(p, e, row, 1)};
     for (int64_t c = 0; c < p->classes; c++) {
-      expected_gradient want = expect_gradient(p, grads, e, row, c);
+      expected_gradient want = expect_gradient(p, grads, halves, row, c);
       double got = element(grads->dx.data, p->dtype, view_index(p, &grads->dx, row, c));
       if (want.size == 0 && want.value == 0 && got == 0) continue;
       compare("dx", row, c, p->dtype, got, want.value, want.size);
