@@ -338,8 +338,12 @@ def no_gpu() -> str:
     """Why CUDA cannot be measured here, or nothing."""
     import torch
 
+    import wce_torch
+
     if not torch.version.cuda:
         return "this PyTorch was built without CUDA"
+    if not wce_torch.build_info()["cuda"]:
+        return "wce_torch was built without CUDA kernels; build it with WCE_CUDA=1"
     return "" if torch.cuda.is_available() else "PyTorch finds no CUDA GPU"
 
 

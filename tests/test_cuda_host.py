@@ -406,7 +406,7 @@ def test_excluded_class_is_a_bad_target(driver):
     job = Job(torch.randn(4, 3), target=torch.tensor([0, 2, 1, 1]), prior=prior, check=True)
     (got,) = host.run(driver, [job])
     assert got["bad"] == 2
-    job.check, job.target2 = False, torch.tensor([0, 0, 2, 0])
+    job.check, job.target2, job.mix = False, torch.tensor([0, 0, 2, 0]), torch.tensor(0.5)
     done = host.run_raw(driver, [job])
     assert b"target 1 at row 2 is out of bounds" in done.stderr
 

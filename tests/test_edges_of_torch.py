@@ -64,12 +64,11 @@ def test_class_weight_sum_names_a_wrong_weight():
         wce_torch.class_weight_sum(Y, W + 1j)
 
 
-@pytest.mark.parametrize("call", [lambda x: stats_of(x, Y, label_smoothing=0.1),
-                                  lambda x: mixup(x, Y, Y, 0.3, label_smoothing=0.1)],
-                         ids=["stats", "mixup"])
-def test_smoothing_over_no_classes_names_the_logits(call):
+def test_smoothing_over_no_classes():
     with pytest.raises(RuntimeError, match="input: expected at least one class"):
-        call(X[:, :0])
+        stats_of(X[:, :0], Y, label_smoothing=0.1)
+    with pytest.raises(IndexError, match=r"out of bounds\..*there are no classes"):
+        mixup(X[:, :0], Y, Y, 0.3, label_smoothing=0.1)
 
 
 # ---- scripts and traces --------------------------------------------------------------------------

@@ -37,5 +37,9 @@ def set_cpu_isa(name: str | None = None) -> None:
 def force_cpu_regime(name: str | None = None) -> None:
     """For tests: "tile", "rows" or "split" where the layout allows it; None: by the table."""
 
+def empty_cache() -> None:
+    """Frees the memory on the CPU, one block at most, that is kept from one gradient above 32 MiB to
+    the next. The environment variable WCE_KEEP_MEMORY=0 keeps none."""
+
 def build_info() -> dict[str, Any]:
     """version, torch, cuda, cuda_archs, nvcc, compiler, cpu_isas."""

@@ -5,7 +5,7 @@ import os
 import torch  # noqa: F401  (loads the libraries that _C needs)
 
 from . import _C, composite  # noqa: F401  (composite registers operators)
-from ._C import build_info, cpu_isas, get_cpu_isa, set_cpu_isa
+from ._C import build_info, cpu_isas, empty_cache, get_cpu_isa, set_cpu_isa
 from .functional import Explanation, class_weight_sum, cross_entropy, explain
 from .mixup import mixup_cross_entropy
 from .modules import CrossEntropyLoss
@@ -24,6 +24,7 @@ __all__ = [
     "cross_entropy",
     "cross_entropy_from_probs",
     "cross_entropy_with_stats",
+    "empty_cache",
     "explain",
     "get_cpu_isa",
     "is_patched",

@@ -190,6 +190,12 @@ def per_row(value, name, kind):
     return value
 
 
+def number_tensor(number, input):
+    """A number as a 0-d tensor of the type of the arithmetic, on the device of the logits."""
+    # A product, because torch.compile makes a graph for each value that torch.full gets.
+    return number * torch.ones((), dtype=acc_type(input), device=input.device)
+
+
 def normalizer_tensor(normalizer, input):
     if isinstance(normalizer, torch.Tensor):
         if normalizer.dim() == 0 and normalizer.device != input.device:
@@ -199,9 +205,7 @@ def normalizer_tensor(normalizer, input):
         raise TypeError(
             f"normalizer: expected a number or a 0-d tensor, got {describe(normalizer)}"
         )
-    # A product, because torch.compile makes a graph for each value that torch.full gets.
-    one = torch.ones((), dtype=acc_type(input), device=input.device)
-    return one * real_number(normalizer, "normalizer")
+    return number_tensor(real_number(normalizer, "normalizer"), input)
 
 
 def check_mixed_targets(input, target_a, target_b):
@@ -224,7 +228,7 @@ def mixing_share(lam, input, rows):
         lam = real_number(lam, "lam", "a number or a floating point tensor")
         if not 0 <= lam <= 1:
             raise ValueError(f"lam: expected a number from 0 to 1, got {lam!r}")
-        return torch.full((), lam, dtype=acc_type(input), device=input.device)
+        return number_tensor(lam, input)
     if lam.dim() and lam.shape not in (rows, rows[:1]):
         raise ValueError(
             f"lam: expected a number, or a tensor of shape {list(rows[:1])} (one value per "

@@ -203,7 +203,10 @@ def _torch_does_as_well(
 
 def _is_small(input: Tensor) -> bool:
     """Whether the input is worth a copy that saves many small operations."""
-    return input.is_cpu and input.numel() <= _SERIAL and not torch.compiler.is_compiling()
+    # Asked first: a traced graph would be bound to sizes on one side of the limit.
+    if torch.compiler.is_compiling():
+        return False
+    return input.is_cpu and input.numel() <= _SERIAL
 
 
 def _small_nll_loss(

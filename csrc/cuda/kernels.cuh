@@ -11,7 +11,7 @@ namespace wce_cuda {
 
 // Whether the body that knows nothing but a target will do.
 static inline bool is_fast(const wce_problem &p) {
-  return !p.prob.data && !p.prior && p.floor == 0;
+  return !p.prob.data && !p.prior && p.floor == 0 && !p.target2;
 }
 
 static inline size_t at_least(size_t bytes, size_t least) { return bytes < least ? least : bytes; }

@@ -269,7 +269,7 @@ struct plane_grads {
     for (int j = 0; j < V; ++j) {
       const int64_t row = u.row + u.at(j);
       if ((second >> j & 1) && p.target2[row] == c)
-        x[j] += second_spike(p, g, row, load_row_info(p, row, u.x + u.at(j)));
+        x[j] += second_spike<A>(p, g, row);
     }
   }
 };
@@ -311,7 +311,7 @@ planes_backward(wce_problem p, wce_row_grads g, int across, const acc<T> *weight
         plane_general<T, BODY>(p, u, c + k, x, a, none);
 #pragma unroll
         for (int j = 0; j < V; ++j) x[j] = d.template at<BODY>(j, c + k, x[j], a[j]);
-        if (d.second) d.add_second(p, g, u, c + k, x);
+        if (BODY != FAST && d.second) d.add_second(p, g, u, c + k, x);
         T *plane = dx + (c + k) * g.dx.stride_class;
         if (u.vectors) {
           store16_once(plane, pack<T>(x));

@@ -6,7 +6,7 @@
 
 namespace wce_cuda {
 
-// FAST: index target, no floor, no prior; the target's class is one scalar fix-up.
+// FAST: one index target, no floor, no prior; the target's class is one scalar fix-up.
 // GENERAL: any coefficients a_c. ENTROPY: GENERAL that also keeps sum e^(x-m)*(x-m).
 enum body { FAST, GENERAL, ENTROPY };
 

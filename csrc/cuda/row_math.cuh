@@ -221,11 +221,13 @@ WCE_DEVICE A upstream(const wce_row_grads &g, int64_t row, A factor, const void 
   return value * factor;
 }
 
-// What the class y2 adds to its gradient.
+// What the class y2 of a row adds to its gradient, where y2 is a class and its half counts.
 template <class A>
-WCE_DEVICE A second_spike(const wce_problem &p, const wce_row_grads &g, int64_t row,
-                          const row_info<A> &r) {
-  return -upstream(g, row, r.s2, g.denominator2) * (static_cast<A>(p.spike) * r.wy2);
+WCE_DEVICE A second_spike(const wce_problem &p, const wce_row_grads &g, int64_t row) {
+  A share = 1 - value_at<A>(p.mix, row * p.mix_stride);
+  if (p.sample_weight) share *= value_at<A>(p.sample_weight, row);
+  const A wy2 = p.weight ? value_at<A>(p.weight, p.target2[row]) : A(1);
+  return -upstream(g, row, share, g.denominator2) * (static_cast<A>(p.spike) * wy2);
 }
 
 // a: sum of a_c without the spike. row_counts: see counts().

@@ -137,5 +137,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("get_cpu_isa", wce::get_cpu_isa);
   m.def("set_cpu_isa", wce::set_cpu_isa, py::arg("name") = py::none());
   m.def("force_cpu_regime", wce::force_cpu_regime, py::arg("name") = py::none());
+  m.def("empty_cache", wce::empty_gradient_cache);
   m.def("build_info", wce::build_info);
 }

@@ -233,9 +233,11 @@ c10::SmallVector<int64_t, 6> Problem::row_shape() const {
 // ---- gradients ---------------------------------------------------------------------------------
 
 Gradient::Gradient(const at::Tensor &input, const Problem &problem) {
-  // The same as empty_like, which goes through the dispatcher twice: 0.4 us.
-  if (input.is_cpu() && input.is_contiguous())
-    dx_ = at::detail::empty_strided_cpu(input.sizes(), input.strides(), input.scalar_type());
+  // The same as empty_like, which goes through the dispatcher twice (0.4 us), in memory of our own.
+  if (input.is_cpu() && input.is_non_overlapping_and_dense())
+    dx_ = at::detail::empty_strided_generic(
+        input.sizes(), input.strides(), gradient_allocator(input.nbytes()),
+        c10::DispatchKeySet(c10::DispatchKey::CPU), input.scalar_type());
   else
     dx_ = at::empty_like(input);
   if (problem.rows == 0 || problem.c.classes == 0) return;
@@ -249,7 +251,6 @@ Gradient::Gradient(const at::Tensor &input, const Problem &problem) {
   }
   view_ = fit.view;
   view_.data = target->mutable_data_ptr();
-  if (input.is_cpu()) advise_huge_pages(target->mutable_data_ptr(), target->nbytes());
 }
 
 at::Tensor Gradient::finish() {

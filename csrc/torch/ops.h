@@ -212,9 +212,10 @@ private:
   c10::MaybeOwned<at::Tensor> loss_, lse_, log_prob_;
 };
 
-// ---- hugepages.cpp -----------------------------------------------------------------------------
+// ---- gradient_memory.cpp -----------------------------------------------------------------------
 
-// Asks for huge pages behind [data, data + bytes) where that pays and the system has them.
-void advise_huge_pages(void *data, size_t bytes);
+// For a gradient of `bytes` on the CPU: large ones get memory that is kept from step to step.
+c10::Allocator *gradient_allocator(size_t bytes);
+void empty_gradient_cache();
 
 } // namespace wce

@@ -1,0 +1,117 @@
+// gradient_memory.cpp -- memory of large gradients on the CPU: kept from step to step, in 2-MiB pages.
+//
+// The C library maps blocks above 32 MiB afresh at each allocation, and then the page faults of the
+// first writes cost several times what the gradient itself does. So the largest block that was given
+// back is kept for the next gradient, as caching allocators of devices do. At the peak of a training
+// step this costs nothing: there the gradient of the logits is alive anyway. A block that is new gets
+// huge pages. (32768, 1000) float32, two cores of an EPYC (Zen 3), backward, ns an element: 3.7 with
+// fresh small pages, 1.3 with fresh huge ones, 0.5 with kept memory.
+#include <c10/core/Allocator.h>
+#include <c10/core/CPUAllocator.h>
+
+#include <cerrno>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <mutex>
+
+#include "ops.h"
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+namespace wce {
+namespace {
+
+bool is_wanted(const char *variable) {
+  const char *value = std::getenv(variable);
+  return value == nullptr || std::strcmp(value, "0") != 0;
+}
+
+void advise_huge_pages(void *data, size_t bytes) {
+#ifdef MADV_HUGEPAGE
+  static const bool wanted = is_wanted("WCE_HUGE_PAGES");
+  if (!wanted) return;
+  constexpr uintptr_t page = uintptr_t(2) << 20;
+  const uintptr_t address = reinterpret_cast<uintptr_t>(data);
+  const uintptr_t begin = (address + page - 1) & ~(page - 1);
+  const uintptr_t end = (address + bytes) & ~(page - 1);
+  const int saved = errno; // advice only: where it is refused nothing is lost
+  madvise(reinterpret_cast<void *>(begin), end - begin, MADV_HUGEPAGE);
+  errno = saved;
+#else
+  (void)data, (void)bytes;
+#endif
+}
+
+struct Block {
+  c10::DataPtr memory;
+  size_t bytes;
+};
+
+// One block that nobody uses. Where the lock is taken (by another thread, or for ever in a child that
+// was forked at that moment) callers do without.
+class Kept {
+public:
+  // A block of at least `bytes` and at most twice that, or null.
+  std::unique_ptr<Block> take(size_t bytes) {
+    const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+    if (!lock || !block_ || block_->bytes < bytes || block_->bytes / 2 > bytes) return nullptr;
+    return std::move(block_);
+  }
+  // Keeps the larger one of the block that it has and this one; the other is freed.
+  void put(std::unique_ptr<Block> block) {
+    static const bool wanted = is_wanted("WCE_KEEP_MEMORY");
+    const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+    if (wanted && lock && (!block_ || block_->bytes < block->bytes)) block_.swap(block);
+  }
+  void clear() {
+    const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+    if (lock) block_.reset();
+  }
+
+private:
+  std::mutex mutex_;
+  std::unique_ptr<Block> block_;
+};
+
+Kept &kept() { // never destroyed: tensors may outlive static objects
+  static Kept *const one = new Kept;
+  return *one;
+}
+
+class GradientAllocator final : public c10::Allocator {
+public:
+  c10::DataPtr allocate(size_t bytes) override {
+    std::unique_ptr<Block> block = kept().take(bytes);
+    if (!block) {
+      kept().clear(); // what is there does not fit, and two blocks would be held
+      block = std::make_unique<Block>(Block{c10::GetCPUAllocator()->allocate(bytes), bytes});
+      advise_huge_pages(block->memory.get(), bytes);
+    }
+    void *data = block->memory.get();
+    return {data, block.release(), give_back, c10::Device(c10::DeviceType::CPU)};
+  }
+  void copy_data(void *to, const void *from, size_t bytes) const override {
+    default_copy_data(to, from, bytes);
+  }
+
+private:
+  static void give_back(void *block) {
+    kept().put(std::unique_ptr<Block>(static_cast<Block *>(block)));
+  }
+};
+
+} // namespace
+
+void empty_gradient_cache() { kept().clear(); }
+
+c10::Allocator *gradient_allocator(size_t bytes) {
+  constexpr size_t fresh_above = size_t(32) << 20; // smaller blocks come from the heap, which is warm
+  static GradientAllocator *const allocator = new GradientAllocator;
+  return bytes > fresh_above ? static_cast<c10::Allocator *>(allocator) : c10::GetCPUAllocator();
+}
+
+} // namespace wce
