@@ -79,7 +79,7 @@ def build_glue(folder):
     objects = _compile(folder, [*KERNELS, HERE / "shim.cpp"],
                        [*plain, "-std=c++17", "-Wno-unknown-pragmas"], _newest(*KERNEL_HEADERS))
     glue = [HERE / "glue.cpp", *(ROOT / f"csrc/torch/{name}.cpp"
-                                 for name in ("checks", "layout", "hugepages"))]
+                                 for name in ("checks", "layout", "gradient_memory"))]
     torch_flags = [*plain, "-std=c++20", *(f"-isystem{path}" for path in include_paths()),
                    f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
     objects += _compile(folder, glue, torch_flags, _newest("csrc/*.h", "csrc/torch/*.h",
