@@ -38,7 +38,7 @@ def force_cpu_regime(name: str | None = None) -> None:
     """For tests: "tile", "rows" or "split" where the layout allows it; None: by the table."""
 
 def empty_cache() -> None:
-    """Frees the memory on the CPU, one block at most, that is kept from one gradient above 32 MiB to
+    """Frees the memory on the CPU, one block at most, that is kept from one gradient above 1 MiB to
     the next. The environment variable WCE_KEEP_MEMORY=0 keeps none."""
 
 def build_info() -> dict[str, Any]:
