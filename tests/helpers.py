@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from reference import log_prior_of
 
+import wce_torch
+
 ROOT = str(Path(__file__).resolve().parent.parent)
 
 
@@ -18,6 +20,7 @@ def peak_bytes(function):
     """Largest amount of tensor memory that was allocated by the function and not yet freed."""
     function()  # first calls may allocate what stays
     gc.collect()
+    wce_torch.empty_cache()  # memory kept from the last gradient would not be seen
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         function()
