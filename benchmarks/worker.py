@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch  # noqa: E402
 
+import wce_torch  # noqa: E402
 from benchmarks import cases as case_list  # noqa: E402
 from benchmarks import rivals as rival_table  # noqa: E402
 from benchmarks.cases import Case, Data  # noqa: E402
@@ -31,8 +32,6 @@ from benchmarks.timing import (  # noqa: E402
     quantile,
 )
 from benchmarks.verify import Errors, check  # noqa: E402
-
-import wce_torch  # noqa: E402
 
 MARK = "@bench "
 
