@@ -1,5 +1,5 @@
-"""Where torch would lose something without a word: numbers that carry gradients, scripts and traces,
-autocast under transforms, compiled autograd, threads and forks under the patch."""
+"""Where torch would lose something without a word: numbers that carry gradients, scripts and
+traces, autocast under transforms, compiled autograd, threads and forks under the patch."""
 
 import os
 import signal
