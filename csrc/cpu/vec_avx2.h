@@ -24,7 +24,7 @@ WCE_INLINE __m256i wce_first_lanes_f64(int n) {
   return _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), _mm256_setr_epi64x(0, 1, 2, 3));
 }
 
-#define WCE_AVX2_WORDS(acc, vec, type, sfx, index_set1, index_cmpeq)                            \
+#define WCE_AVX2_WORDS(acc, vec, type, sfx)                                                     \
   WCE_INLINE vec acc##_set1(type a) { return _mm256_set1_##sfx(a); }                            \
   WCE_INLINE vec acc##_add(vec a, vec b) { return _mm256_add_##sfx(a, b); }                     \
   WCE_INLINE vec acc##_sub(vec a, vec b) { return _mm256_sub_##sfx(a, b); }                     \
@@ -34,11 +34,6 @@ WCE_INLINE __m256i wce_first_lanes_f64(int n) {
   WCE_INLINE vec acc##_mulz(vec a, vec b) {                                                     \
     return _mm256_and_##sfx(_mm256_cmp_##sfx(a, _mm256_setzero_##sfx(), _CMP_NEQ_UQ),           \
                             _mm256_mul_##sfx(a, b));                                            \
-  }                                                                                             \
-  WCE_INLINE vec acc##_add_if(vec v, const index_##acc *index, int64_t c, vec y) {              \
-    __m256i equal = index_cmpeq(_mm256_loadu_si256((const __m256i *)index),                     \
-                                index_set1((index_##acc)c));                                    \
-    return _mm256_blendv_##sfx(v, _mm256_add_##sfx(v, y), _mm256_castsi256_##sfx(equal));       \
   }                                                                                             \
   /* in its own type */                                                                         \
   WCE_INLINE vec acc##_load_##acc(const type *p) { return _mm256_loadu_##sfx(p); }              \
@@ -53,8 +48,8 @@ WCE_INLINE __m256i wce_first_lanes_f64(int n) {
     _mm256_storeu_##sfx(p + LANES_##acc, b);                                                    \
   }
 
-WCE_AVX2_WORDS(f32, v_f32, float, ps, _mm256_set1_epi32, _mm256_cmpeq_epi32)
-WCE_AVX2_WORDS(f64, v_f64, double, pd, _mm256_set1_epi64x, _mm256_cmpeq_epi64)
+WCE_AVX2_WORDS(f32, v_f32, float, ps)
+WCE_AVX2_WORDS(f64, v_f64, double, pd)
 #undef WCE_AVX2_WORDS
 
 /* Piece by piece: a masked store costs 18 or more micro-operations on AMD.                         */

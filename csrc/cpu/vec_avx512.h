@@ -21,7 +21,7 @@ WCE_INLINE uint32_t wce_first_lanes(int n, int lanes) {
   return n >= lanes ? (1u << lanes) - 1u : (1u << n) - 1u;
 }
 
-#define WCE_AVX512_WORDS(acc, vec, type, sfx, index_sfx)                                        \
+#define WCE_AVX512_WORDS(acc, vec, type, sfx)                                                   \
   WCE_INLINE vec acc##_set1(type a) { return _mm512_set1_##sfx(a); }                            \
   WCE_INLINE vec acc##_add(vec a, vec b) { return _mm512_add_##sfx(a, b); }                     \
   WCE_INLINE vec acc##_sub(vec a, vec b) { return _mm512_sub_##sfx(a, b); }                     \
@@ -31,13 +31,6 @@ WCE_INLINE uint32_t wce_first_lanes(int n, int lanes) {
   WCE_INLINE vec acc##_mulz(vec a, vec b) {                                                     \
     return _mm512_maskz_mul_##sfx(                                                              \
         _mm512_cmp_##sfx##_mask(a, _mm512_setzero_##sfx(), _CMP_NEQ_UQ), a, b);                 \
-  }                                                                                             \
-  WCE_INLINE vec acc##_add_if(vec v, const index_##acc *index, int64_t c, vec y) {              \
-    return _mm512_mask_add_##sfx(                                                               \
-        v,                                                                                      \
-        _mm512_cmpeq_##index_sfx##_mask(_mm512_loadu_si512(index),                              \
-                                        _mm512_set1_##index_sfx((index_##acc)c)),               \
-        v, y);                                                                                  \
   }                                                                                             \
   WCE_INLINE vec acc##_fraction(vec t) { return _mm512_reduce_##sfx(t, 0x09); } /* 1: floor */  \
   WCE_INLINE vec acc##_scale(vec p, vec t) { return _mm512_scalef_##sfx(p, t); }                \
@@ -59,8 +52,8 @@ WCE_INLINE uint32_t wce_first_lanes(int n, int lanes) {
 
 typedef __mmask16 f32_mask;
 typedef __mmask8 f64_mask;
-WCE_AVX512_WORDS(f32, v_f32, float, ps, epi32)
-WCE_AVX512_WORDS(f64, v_f64, double, pd, epi64)
+WCE_AVX512_WORDS(f32, v_f32, float, ps)
+WCE_AVX512_WORDS(f64, v_f64, double, pd)
 #undef WCE_AVX512_WORDS
 
 WCE_INLINE float f32_first(v_f32 v) { return _mm512_cvtss_f32(v); }

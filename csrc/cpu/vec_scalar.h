@@ -5,7 +5,6 @@
  *   set1 add sub mul fma        fma(a, b, c) = a*b + c
  *   max(a, b)                   b where either is nan: max(x, acc) leaves nan out of acc
  *   mulz(a, b)                  0 where a is 0, else a*b (also where b is infinite)
- *   add_if(v, index, c, y)      v + y in the lanes whose index[lane] == c
  *   fraction(t)                 t - floor(t); 0 for -inf
  *   scale(p, t)                 p * 2^floor(t); 0 for t = -inf or p*2^floor(t) far below the range
  *   first hadd hmax             lane 0, sum of lanes (fixed order), maximum of lanes
@@ -40,9 +39,6 @@ typedef int64_t index_f64;
   WCE_INLINE type acc##_fma(type a, type b, type c) { return a * b + c; }                      \
   WCE_INLINE type acc##_max(type a, type b) { return a > b ? a : b; }                          \
   WCE_INLINE type acc##_mulz(type a, type b) { return a == 0 ? 0 : a * b; }                    \
-  WCE_INLINE type acc##_add_if(type v, const index_##acc *index, int64_t c, type y) {          \
-    return *index == (index_##acc)c ? v + y : v;                                               \
-  }                                                                                            \
   WCE_INLINE type acc##_fraction(type t) { return t == -INFINITY ? 0 : t - floor_fn(t); }      \
   WCE_INLINE type acc##_scale(type p, type t) {                                                \
     return t < -2000 ? 0 : t != t ? t : ldexp_fn(p, (int)floor_fn(t > 2000 ? 2000 : t));       \
