@@ -12,6 +12,8 @@ import wce_torch
 CLASSES = 1024
 ROWS = (40 << 20) // (4 * CLASSES)  # a float32 gradient of 40 MiB
 
+needs_proc = pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs /proc")
+
 
 def gradient(rows=ROWS, value=0.0):
     x = torch.full((rows, CLASSES), value).requires_grad_()
@@ -60,6 +62,18 @@ def test_gradients_of_two_sizes():
     assert gradient(rows=4 * ROWS).data_ptr() == larger
 
 
+@needs_proc
+def test_a_block_that_stays_too_large_is_given_up():
+    """One large gradient, as of a validation batch, does not cost all later steps their memory."""
+    gradient(rows=3 * ROWS)
+    before = resident()
+    for _ in range(9):
+        gradient()
+    assert resident() - before < -60  # 120 MiB gone, 40 kept
+    small = gradient().data_ptr()
+    assert gradient().data_ptr() == small
+
+
 def resident_after_freeing():
     """MiB that empty_cache() leaves of what was resident before."""
     before = resident()
@@ -72,7 +86,7 @@ def resident():
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs /proc")
+@needs_proc
 def test_empty_cache_gives_it_back():
     gradient()
     assert resident_after_freeing() < -30

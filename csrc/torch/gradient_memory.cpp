@@ -61,16 +61,25 @@ public:
   // block will take its place.
   std::unique_ptr<Block> take(size_t bytes) {
     const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
-    if (!lock || !block_ || block_->bytes / 2 > bytes) return nullptr;
+    if (!lock || !block_) return nullptr;
+    if (block_->bytes / 2 > bytes) {
+      passed_over_++;
+      return nullptr;
+    }
+    passed_over_ = 0;
     std::unique_ptr<Block> block = std::move(block_);
     if (block->bytes < bytes) block.reset();
     return block;
   }
-  // Keeps the larger one of the block that it has and this one; the other is freed.
+  // Keeps the larger one of the block that it has and this one, or this one when the other has been
+  // too large for a while; the other is freed.
   void put(std::unique_ptr<Block> block) {
     static const bool wanted = is_wanted("WCE_KEEP_MEMORY");
     const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
-    if (wanted && lock && (!block_ || block_->bytes < block->bytes)) block_.swap(block);
+    if (!wanted || !lock) return;
+    if (block_ && block_->bytes >= block->bytes && passed_over_ < patience) return;
+    block_.swap(block);
+    passed_over_ = 0;
   }
   void clear() {
     const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
@@ -78,8 +87,10 @@ public:
   }
 
 private:
+  static constexpr int patience = 8;
   std::mutex mutex_;
   std::unique_ptr<Block> block_;
+  int passed_over_ = 0; // how often in turn the block was too large
 };
 
 Kept &kept() { // never destroyed: tensors may outlive static objects
