@@ -78,6 +78,13 @@ double coefficient(const wce_problem *p, const expected_row *e, int64_t row, int
   return q == 0 ? 0 : acc_element(p, p->weight, c, 1) * q;
 }
 
+/* The sum of its terms' absolute values: a negative probability may cancel the rest.              */
+static double coefficient_size(const wce_problem *p, const expected_row *e, int64_t row,
+                               int64_t c) {
+  double q = p->floor + (c == e->y ? p->spike : 0) + fabs(p->soft * probability(p, row, c));
+  return q == 0 ? 0 : fabs(acc_element(p, p->weight, c, 1)) * q;
+}
+
 /* Class of a target value, or -1. */
 static int64_t class_of(const wce_problem *p, const int64_t *target, int64_t row, int *bad) {
   if (!target || target[row] == p->ignore_index) return -1;
@@ -121,7 +128,8 @@ static void row_loss(const wce_problem *p, expected_row *e, int64_t row, double 
     double a = coefficient(p, e, row, c), d = logit(p, row, c) - e->m;
     if (a == 0) continue;
     e->A += a, D += a * d;
-    e->a_size += fabs(a), d_size += fabs(a * d);
+    double size = coefficient_size(p, e, row, c);
+    e->a_size += size, d_size += size * fabs(d);
   }
   if (!e->counts) return;
   e->loss = e->sample * (e->A * e->L - D);
@@ -172,8 +180,9 @@ static expected_gradient target_gradient(const wce_problem *p, const wce_row_gra
   if (!e->counts && h == 0 && u == 0) return d;
   double prob = isfinite(e->m) ? exp(logit(p, row, c) - e->m - e->L) : NAN;
   double a = e->counts ? coefficient(p, e, row, c) : 0;
+  double a_size = e->counts ? coefficient_size(p, e, row, c) : 0;
   d.value = gs * ((e->counts ? e->A : 0) * prob - a) + h * prob + u * ((c == e->y) - prob);
-  d.size = fabs(gs) * (e->a_size * prob + fabs(a)) + fabs(h) * prob +
+  d.size = fabs(gs) * (e->a_size * prob + a_size) + fabs(h) * prob +
            fabs(u) * ((c == e->y) + prob);
   return d;
 }
