@@ -11,9 +11,10 @@
 
 namespace wce_cuda {
 
-// Loads of 16 bytes in flight per thread. General bodies of 16-bit logits lack registers for more.
+// Loads of 16 bytes in flight per thread. General bodies keep a logit and a coefficient per element
+// at hand: four loads of 16-bit logits (64 registers) or of float64 (32, and the longer exp) spill.
 template <class T, int BODY>
-constexpr int unroll = BODY == FAST || sizeof(T) >= 4 ? 4 : 2;
+constexpr int unroll = BODY == FAST || sizeof(T) == 4 ? 4 : 2;
 
 // Blocks of 256 threads that a multiprocessor should hold: 3 keep 48 KiB of loads in flight.
 template <class T, int BODY>
