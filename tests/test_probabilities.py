@@ -189,7 +189,7 @@ def test_nll_raises_what_torch_raises(name, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.float32])
 def test_nll_target_dtypes_that_torch_refuses(dtype):
-    with pytest.raises(RuntimeError, match="expected target dtype to be Long or Byte"):
+    with pytest.raises(RuntimeError, match="expected .* Long"):
         nll_loss(torch.rand(4, 5).bfloat16(), torch.zeros(4, dtype=dtype))
     with pytest.raises(TypeError, match="must be Tensor, not int"):
         nll_loss(torch.rand(4, 5), 1)
