@@ -239,13 +239,14 @@ def test_accumulated_rows_equal_whole_batch(hf, tmp_path):
     assert sum(curve) == pytest.approx(value, rel=1e-5)
 
 
-def weighted_trainer(hf):
+def weighted_trainer(hf, weight=LABEL_WEIGHT, first=0):
     class WeightedTrainer(hf.Trainer):
         """Hands the loss the sum of the class weights in place of the number of labels."""
 
         def get_batch_samples(self, epoch_iterator, num_batches, device):
             batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-            total = sum(wce_torch.class_weight_sum(b["labels"], LABEL_WEIGHT) for b in batches)
+            sums = (wce_torch.class_weight_sum(b["labels"][..., first:], weight) for b in batches)
+            total = sum(sums, torch.zeros(()))
             return batches, self.accelerator.reduce(total.to(device), "sum")
 
     return WeightedTrainer
@@ -271,6 +272,43 @@ def test_accumulated_weights_equal_whole_batch(hf, tmp_path):
     assert not is_same_gradient(by_number, want)
     scale = wce_torch.class_weight_sum(LABELS, LABEL_WEIGHT) / (LABELS != -100).sum()
     assert is_same_gradient(by_number, [scale * g for g in want])
+
+
+def test_accumulated_weights_of_a_language_model(hf, tmp_path):
+    """Loss and denominator shift alike: the first label of a row has no weight in either."""
+    model, rows = gpt2(hf, **NO_DROPOUT), windows(8)
+    for row in rows:
+        row["labels"][0] = 7  # not predicted, and not ignored either
+    weight = torch.linspace(0.1, 9.0, VOCABULARY)
+
+    def loss(outputs, labels, num_items_in_batch=None):
+        logits = outputs.logits[:, :-1].transpose(1, 2)
+        return wce_torch.cross_entropy(logits, labels[:, 1:], weight, normalizer=num_items_in_batch)
+
+    want, value = whole_batch(
+        model, rows,
+        lambda x, y: F.cross_entropy(x[:, :-1].flatten(0, 1), y[:, 1:].flatten(), weight))
+    got, curve, _ = one_step(hf, tmp_path, copy.deepcopy(model), rows, loss=loss,
+                             trainer_class=weighted_trainer(hf, weight, first=1))
+    assert is_same_gradient(got, want)
+    assert sum(curve) == pytest.approx(value, rel=1e-5)
+    _, curve, _ = one_step(hf, tmp_path, model, rows, loss=loss,
+                           trainer_class=weighted_trainer(hf, weight))
+    assert sum(curve) != pytest.approx(value, rel=1e-5)
+
+
+def test_epoch_of_unknown_length_ends(hf, tmp_path):
+    """An iterable dataset has no length, so the Trainer asks for batches once more at its end."""
+    model, rows = labelled(hf)
+
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(rows)
+
+    curve, watch = train(hf, tmp_path, model, Stream(), loss=weighted_loss, max_steps=5,
+                         trainer_class=weighted_trainer(hf), per_device_train_batch_size=2,
+                         gradient_accumulation_steps=2)
+    assert len(curve) == 10 and watch.saw_only_ours(10)
 
 
 def test_trainer_evaluates_with_weights(hf, tmp_path):
