@@ -13,8 +13,6 @@
 typedef __m256 v_f32;
 typedef __m256d v_f64;
 enum { LANES_f32 = 8, LANES_f64 = 4 };
-typedef int32_t index_f32;
-typedef int64_t index_f64;
 
 /* All bits set in the first n lanes. */
 WCE_INLINE __m256i wce_first_lanes_f32(int n) {

@@ -13,8 +13,6 @@
 typedef __m512 v_f32;
 typedef __m512d v_f64;
 enum { LANES_f32 = 16, LANES_f64 = 8 };
-typedef int32_t index_f32;
-typedef int64_t index_f64;
 
 /* The first n lanes; all of them when n is larger. */
 WCE_INLINE uint32_t wce_first_lanes(int n, int lanes) {

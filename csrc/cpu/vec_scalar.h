@@ -28,8 +28,6 @@
 typedef float v_f32;
 typedef double v_f64;
 enum { LANES_f32 = 1, LANES_f64 = 1 };
-typedef int32_t index_f32;
-typedef int64_t index_f64;
 
 #define WCE_SCALAR_WORDS(acc, type, floor_fn, ldexp_fn)                                        \
   WCE_INLINE type acc##_set1(type a) { return a; }                                             \
