@@ -138,6 +138,7 @@ BAD = {
     "tau_negative": (dict(class_prior=torch.ones(4), tau=-0.5), "tau", "-0.5"),
     "tau_nan": (dict(class_prior=torch.ones(4), tau=math.nan), "tau", "nan"),
     "tau_inf": (dict(class_prior=torch.ones(4), tau=math.inf), "tau", "inf"),
+    "tau_huge": (dict(class_prior=torch.ones(4), tau=1e39), "tau", r"1e\+39"),
     "tau_values": (dict(class_prior=torch.ones(4), tau=torch.ones(2)), "tau", r"Tensor.*2"),
     "tau_text": (dict(class_prior=torch.ones(4), tau="1"), "tau", "str"),
     "sample_weight_size": (dict(sample_weight=torch.ones(5)), "sample_weight", "5"),

@@ -302,3 +302,11 @@ def test_typing_and_documentation():
     for name in wce_torch.__all__:
         thing = getattr(wce_torch, name)
         assert thing.__doc__, f"{name} has no docstring"
+
+
+def test_prior_of_float64_stays_float64():
+    q, x, y = torch.rand(5, dtype=torch.float64), torch.randn(6, 5).double(), torch.arange(6) % 5
+    module = wce_torch.CrossEntropyLoss(class_prior=q)
+    assert module.log_prior.dtype == torch.float64
+    assert torch.equal(module(x, y), wce_torch.cross_entropy(x, y, class_prior=q))
+    assert wce_torch.CrossEntropyLoss(class_prior=q.float()).log_prior.dtype == torch.float32

@@ -135,6 +135,66 @@ def test_subclass_keeps_its_type():
     torch.testing.assert_close(got.as_subclass(torch.Tensor), F.cross_entropy(X, Y, W))
 
 
+with_stats, mixup = wce_torch.cross_entropy_with_stats, wce_torch.mixup_cross_entropy
+S = torch.ones(6)
+OUT_OF_RANGE = Y.clone()
+OUT_OF_RANGE[2] = 9
+NOT_CLASS_4 = [1.0, 1.0, 1.0, 1.0, 0.0]
+REFUSED = {  # function, arguments after the logits, options
+    "weight": (ce, (Y, torch.ones(7)), {"sample_weight": S}),
+    "weight, soft": (ce, (X.softmax(1), torch.ones(7)), {"sample_weight": S}),
+    "gradient of the weight": (ce, (Y, W.clone().requires_grad_()), {"sample_weight": S}),
+    "target type": (ce, (Y.float(),), {"sample_weight": S}),
+    "target shape": (ce, (Y.view(2, 3),), {"sample_weight": S}),
+    "target": (ce, (OUT_OF_RANGE,), {"sample_weight": S}),
+    "target without prior": (ce, (Y,), {"class_prior": NOT_CLASS_4}),
+    "sample_weight": (ce, (Y,), {"sample_weight": torch.ones(2, 2)}),
+    "mask": (ce, (Y,), {"mask": S}),
+    "smoothing": (ce, (Y,), {"label_smoothing": 2.0, "sample_weight": S}),
+    "ignore_index": (ce, (X.softmax(1),), {"ignore_index": 1, "sample_weight": S}),
+    "stats, weight": (with_stats, (Y, torch.ones(7)), {}),
+    "stats, target": (with_stats, (OUT_OF_RANGE,), {}),
+    "stats, target without prior": (with_stats, (Y,), {"class_prior": NOT_CLASS_4}),
+    "mixup, weight": (mixup, (Y, Y, 0.3, torch.ones(7)), {}),
+    "mixup, second target": (mixup, (Y, OUT_OF_RANGE, 0.3), {}),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_composite_refuses_what_the_kernels_refuse(name):
+    """Tensor subclasses and transforms of torch.func, with the error of a plain call."""
+    function, args, options = REFUSED[name]
+    with pytest.raises(Exception) as plain:
+        function(X, *args, **options)
+    calls = {"subclass": lambda: function(X.as_subclass(Sub), *args, **options)}
+    if name != "gradient of the weight":  # torch.func.grad detaches it
+        calls["torch.func"] = lambda: torch.func.vjp(lambda x: function(x, *args, **options), X)
+    for call in calls.values():
+        with pytest.raises(plain.type) as other:
+            call()
+        assert str(other.value) == str(plain.value)
+
+
+def test_composite_of_stats_checks_targets():
+    s = S.clone().requires_grad_()
+    with pytest.raises(IndexError, match=r"Target 9 is out of bounds. \(position \[2\]"):
+        with_stats(X, OUT_OF_RANGE, sample_weight=s)
+    with pytest.raises(ValueError, match="Target 4 .* is a class whose class_prior is 0"):
+        with_stats(X, Y, sample_weight=s, class_prior=NOT_CLASS_4)
+
+
+@pytest.mark.parametrize("function, args, options, name", [
+    (ce, (Y,), {"sample_weight": S.to_sparse()}, "sample_weight"),
+    (ce, (Y,), {"mask": (S > 0).to_sparse()}, "mask"),
+    (with_stats, (X.softmax(1).to_sparse(),), {}, "target"),
+    (with_stats, (Y, W.to_sparse()), {}, "weight"),
+    (with_stats, (Y,), {"sample_weight": S.to_sparse()}, "sample_weight"),
+])
+def test_sparse_arguments_are_named(function, args, options, name):
+    with pytest.raises(RuntimeError, match=f"^{name}: expected a dense tensor, got layout Sparse"):
+        function(X, *args, **options)
+
+
 def test_subclass_with_torch_function_table():
     """A subclass whose table is keyed by torch's function meets that function."""
 

@@ -25,6 +25,13 @@ def route(
 ) -> tuple[str, str]:
     """("fused" | "composite" | "native", why) of a call without transforms and traces."""
 
+def check_loss(*args: Any, **keywords: Any) -> None:
+    """Raises for arguments of wce::cross_entropy that its kernels would refuse, and for targets out
+    of range where their values can be read."""
+
+def check_rows(*args: Any, **keywords: Any) -> None:
+    """The same for wce::rows_forward."""
+
 def cpu_isas() -> list[str]:
     """Instruction sets that this build, processor and system support, weakest first."""
 

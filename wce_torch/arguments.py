@@ -122,6 +122,17 @@ def is_readable(tensor):
     )
 
 
+_LARGE_TAU = 1e35  # below it tau * log q is finite: log q of a float64 q is above -750
+
+
+def without_grad_wrappers(value):
+    """A tensor without what ``torch.func.grad`` and its kin have put around it."""
+    functorch = torch._C._functorch
+    while isinstance(value, torch.Tensor) and functorch.is_gradtrackingtensor(value):
+        value = functorch.get_unwrapped(value)
+    return value
+
+
 def check_tau(tau):
     tau = real_number(tau, "tau")
     if not 0 <= tau < math.inf:  # comparisons, which torch.compile can trace
@@ -181,7 +192,13 @@ def scaled_log_prior(class_prior, tau, input):
     check_same_device(input.device, class_prior=log_q)
     if not tau:
         return None
-    return (log_q if tau == 1 else log_q * tau).to(acc_type(input))
+    scaled = (log_q if tau == 1 else log_q * tau).to(acc_type(input))
+    if tau > _LARGE_TAU and is_readable(log_q) and (scaled.isinf() & log_q.isfinite()).any():
+        raise ValueError(
+            f"tau: expected a number for which tau * log(class_prior) is finite in {scaled.dtype}, "
+            f"got {tau!r}"
+        )
+    return scaled
 
 
 def per_row(value, name, kind):

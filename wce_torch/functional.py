@@ -157,9 +157,25 @@ def _general(
     )
     extra = {} if plain else operator_options(input, **options)
     if why is not None:
-        arguments.leave_fused(why)
-        return composite.composite(*args, **extra, out_fp32=arguments.is_autocast(input))
+        return composite_loss(why, *args, **extra, out_fp32=arguments.is_autocast(input))
+    return operator_loss(*args, **extra)
+
+
+def operator_loss(*args, **extra):
+    """The operator. Transforms of torch.func would hide the values of targets from its checks."""
+    if not is_compiling() and torch._C._are_functorch_transforms_active():
+        args_seen = [arguments.without_grad_wrappers(value) for value in args]
+        extra_seen = {k: arguments.without_grad_wrappers(value) for k, value in extra.items()}
+        _C.check_loss(*args_seen, **extra_seen)
     return torch.ops.wce.cross_entropy(*args, **extra)
+
+
+def composite_loss(why, *args, **extra):
+    """The composite for tensors that no operator takes, checked as an operator would."""
+    arguments.leave_fused(why)
+    if not is_compiling():
+        _C.check_loss(*args, **extra)
+    return composite.composite(*args, **extra)
 
 
 # A program of TorchScript that calls this function gets torch's own.

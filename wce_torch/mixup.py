@@ -7,8 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import arguments, composite
-from .functional import check_class_weight, needs_native, operator_options
+from . import arguments
+from .functional import (
+    check_class_weight,
+    composite_loss,
+    needs_native,
+    operator_loss,
+    operator_options,
+)
 
 
 def mixup_cross_entropy(
@@ -63,6 +69,5 @@ def mixup_cross_entropy(
     options["mix"] = arguments.mixing_share(lam, input, target_a.shape)
     why = needs_native(input, target_a, weight) or needs_native(target_b)
     if why is None:
-        return torch.ops.wce.cross_entropy(*args, **options)
-    arguments.leave_fused(why)
-    return composite.composite(*args, **options)
+        return operator_loss(*args, **options)
+    return composite_loss(why, *args, **options)

@@ -46,7 +46,9 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         self.empty = empty
         log_prior = None
         if class_prior is not None:
-            log_prior = arguments.log_prior(class_prior).float().detach()
+            log_prior = arguments.log_prior(class_prior).detach()
+            if getattr(class_prior, "dtype", None) != torch.float64:
+                log_prior = log_prior.float()
         self.register_buffer("log_prior", log_prior)
 
     def __prepare_scriptable__(self):

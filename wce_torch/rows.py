@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import arguments, composite
+from . import _C, arguments, composite
 from .functional import check_class_weight, needs_native, operator_options
 
 
@@ -102,10 +102,15 @@ def cross_entropy_with_stats(
 def _rows(input, target, target_prob, weight, log_prior, *rest, **keywords):
     why = needs_native(input, target, target_prob, weight)
     args = (input, target, target_prob, weight, log_prior, *rest)
-    if why is None:
-        return torch.ops.wce.rows_forward(*args, **keywords)
-    arguments.leave_fused(why)
-    return composite.rows_composite(*args, **keywords)
+    if why is not None:
+        arguments.leave_fused(why)
+    eager = not torch.compiler.is_compiling()
+    if eager and (why is not None or torch._C._are_functorch_transforms_active()):
+        keywords_seen = {k: arguments.without_grad_wrappers(v) for k, v in keywords.items()}
+        _C.check_rows(*map(arguments.without_grad_wrappers, args), **keywords_seen)
+    if why is not None:
+        return composite.rows_composite(*args, **keywords)
+    return torch.ops.wce.rows_forward(*args, **keywords)
 
 
 def _result_type(input, target, weight, soft):

@@ -50,6 +50,10 @@ bool is_dense(const Tensor &tensor) {
 }
 bool is_dense(const OptTensor &tensor) { return !tensor || is_dense(*tensor); }
 
+void expect_dense(const OptTensor &tensor, const char *name) {
+  TORCH_CHECK(is_dense(tensor), name, ": expected a dense tensor, got layout ", tensor->layout());
+}
+
 bool cuda_kernels_exist() {
   static const bool exist = c10::Dispatcher::singleton()
                                 .findSchemaOrThrow("wce::forward", "")
@@ -77,6 +81,12 @@ bool above(const Tensor &tensor, at::ScalarType logits) {
 } // namespace
 
 Route route_loss(const LossArgs &a) {
+  expect_dense(a.log_prior, "class_prior");
+  expect_dense(a.sample_weight, "sample_weight");
+  expect_dense(a.mask, "mask");
+  expect_dense(a.normalizer, "normalizer");
+  expect_dense(a.target2, "target_b");
+  expect_dense(a.mix, "lam");
   if (!is_dense(a.input) || !is_dense(a.target) || !is_dense(a.weight))
     return {Path::native, "a tensor is sparse or nested"};
   if (any_tangent(a.input, a.target, a.weight, a.log_prior, a.sample_weight, a.normalizer, a.mix))
@@ -95,6 +105,13 @@ Route route_loss(const LossArgs &a) {
 }
 
 Route route_rows(const RowsArgs &a) {
+  expect_dense(a.input, "input");
+  expect_dense(a.target ? a.target : a.target_prob, "target");
+  expect_dense(a.weight, "weight");
+  expect_dense(a.log_prior, "class_prior");
+  expect_dense(a.sample_weight, "sample_weight");
+  expect_dense(a.mask, "mask");
+  expect_dense(a.normalizer, "normalizer");
   if (any_tangent(a.input, a.target_prob, a.weight, a.log_prior, a.sample_weight, a.normalizer))
     return {Path::composite, "forward-mode AD: a tensor has a tangent"};
   const Route device = device_route(a.input);
@@ -124,17 +141,48 @@ void check_weight_grad(const LossArgs &a) {
                        "'weight'. This input cannot have requires_grad True.");
 }
 
+// Not the values of fakes, of transforms and of traces.
+bool is_readable(const OptTensor &tensor) {
+  constexpr c10::DispatchKeySet hidden(
+      {c10::DispatchKey::Python, c10::DispatchKey::Functionalize, c10::DispatchKey::Batched,
+       c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::FuncTorchGradWrapper});
+  return tensor && tensor->is_cpu() && !tensor->key_set().has_any(hidden);
+}
+
+void check_readable_targets(const Tensor &input, const OptTensor &target, const SymInt &ignore_index,
+                            const OptTensor &log_prior) {
+  if (!is_readable(target) || ignore_index.is_symbolic()) return;
+  // Reading is not part of what a transform transforms.
+  const c10::impl::ExcludeDispatchKeyGuard outside(
+      c10::DispatchKeySet({c10::DispatchKey::FuncTorchDynamicLayerFrontMode,
+                           c10::DispatchKey::FuncTorchDynamicLayerBackMode}));
+  const at::AutoDispatchBelowAutograd below;
+  check_target_values(input, *target, ignore_index.expect_int(),
+                      is_readable(log_prior) ? log_prior : no_tensor);
+}
+
+} // namespace
+
+void check_for_composite(const LossArgs &args, const SymInt &ignore_index) {
+  check_weight_grad(args);
+  check_loss(args, ignore_index);
+  if (is_soft(args.input, args.target)) return;
+  check_readable_targets(args.input, args.target, ignore_index, args.log_prior);
+  check_readable_targets(args.input, args.target2, ignore_index, args.log_prior);
+}
+
+void check_for_composite(const RowsArgs &args, const SymInt &ignore_index) {
+  check_rows(args);
+  check_readable_targets(args.input, args.target, ignore_index, args.log_prior);
+}
+
+namespace {
+
 Tensor leave_to_composite(WCE_LOSS_PARAMS(SymInt), const char *why) {
   const LossArgs args{input,     target,        weight, reduction,  label_smoothing,
                       log_prior, sample_weight, mask,   normalizer, skip_empty, target2, mix};
   leave_fused(why);
-  check_loss(args, ignore_index);
-  const bool readable = target.is_cpu() && !target.key_set().has(c10::DispatchKey::Python) &&
-                        !ignore_index.is_symbolic();
-  if (readable && !is_soft(input, target)) {
-    check_target_values(input, target, ignore_index.expect_int(), log_prior);
-    if (target2) check_target_values(input, *target2, ignore_index.expect_int(), log_prior);
-  }
+  check_for_composite(args, ignore_index);
   return composite(WCE_LOSS_ARGS);
 }
 
@@ -356,7 +404,7 @@ RowsResult leave_to_rows_composite(WCE_ROWS_PARAMS(SymInt), const char *why) {
   const RowsArgs args{input, target, target_prob, weight, log_prior, mask, sample_weight,
                       normalizer, reduction, spike, floor, soft, skip_empty};
   leave_fused(why);
-  check_rows(args);
+  check_for_composite(args, ignore_index);
   return rows_composite(WCE_ROWS_ARGS);
 }
 
@@ -422,7 +470,7 @@ Tensor cross_entropy_functorch(WCE_LOSS_PARAMS(SymInt)) {
   const LossArgs args{input,     target,        weight, reduction,  label_smoothing,
                       log_prior, sample_weight, mask,   normalizer, skip_empty, target2, mix};
   leave_fused("a transform of torch.func is active");
-  check_loss(args, ignore_index);
+  check_for_composite(args, ignore_index);
   // Transforms come before autocast, which therefore has not been here.
   const c10::DeviceType device = input.device().type();
   out_fp32 = at::autocast::is_autocast_available(device) &&
@@ -441,7 +489,7 @@ Tensor cross_entropy_tracer(WCE_LOSS_PARAMS(SymInt)) {
   constexpr const char *why = "TorchScript is tracing";
   if (is_plain(args, empty_zero) && !out_fp32) return leave_to_native(WCE_LOSS_ARGS, why);
   leave_fused(why);
-  check_loss(args, ignore_index);
+  check_for_composite(args, ignore_index);
   return composite(WCE_LOSS_ARGS);
 }
 

@@ -66,6 +66,12 @@ at::Tensor cross_entropy_entry(const at::Tensor &input, const at::Tensor &target
   c10::SymInt ignored = to_ignore_index(ignore_index);
   const double smoothing = to_label_smoothing(label_smoothing);
   py::gil_scoped_release release;
+  if (c10::impl::tls_local_dispatch_key_set().included_.has(
+          c10::DispatchKey::FuncTorchDynamicLayerFrontMode)) {
+    const LossArgs args{input,     target,    weight,    reduction, smoothing, no_tensor,
+                        no_tensor, no_tensor, no_tensor, false,     no_tensor, no_tensor};
+    check_for_composite(args, ignored);
+  }
   return cross_entropy(input, target, weight, reduction, std::move(ignored), smoothing, no_tensor,
                        no_tensor, no_tensor, no_tensor, false, false, false, no_tensor, no_tensor);
 }
@@ -81,6 +87,22 @@ std::pair<std::string, std::string> route_entry(const at::Tensor &input, const a
   const Route route = route_loss(args);
   static const char *const names[] = {"fused", "composite", "native"};
   return {names[static_cast<int>(route.path)], route.why == nullptr ? "" : route.why};
+}
+
+// For calls from Python that no operator can check: it does not take their type of tensor, or a
+// transform of torch.func hides their values from it.
+void check_loss_entry(WCE_LOSS_PARAMS(int64_t)) {
+  const LossArgs args{input,     target,        weight, reduction,  label_smoothing,
+                      log_prior, sample_weight, mask,   normalizer, skip_empty, target2, mix};
+  (void)empty_zero, (void)out_fp32;
+  check_for_composite(args, ignore_index);
+}
+
+void check_rows_entry(WCE_ROWS_PARAMS(int64_t)) {
+  const RowsArgs args{input, target, target_prob, weight, log_prior, mask, sample_weight,
+                      normalizer, reduction, spike, floor, soft, skip_empty};
+  (void)entropy, (void)empty_zero;
+  check_for_composite(args, ignore_index);
 }
 
 // ---- CPU instruction sets ----------------------------------------------------------------------
@@ -133,6 +155,18 @@ PYBIND11_MODULE(_C, m) {
   m.def("cross_entropy", wce::cross_entropy_entry);
   m.def("route", wce::route_entry, py::arg("input"), py::arg("target"), py::arg("weight"),
         py::arg("log_prior"), py::arg("sample_weight"), py::arg("normalizer"));
+  m.def("check_loss", wce::check_loss_entry, py::arg("input"), py::arg("target"),
+        py::arg("weight"), py::arg("reduction"), py::arg("ignore_index"),
+        py::arg("label_smoothing"), py::arg("log_prior") = py::none(),
+        py::arg("sample_weight") = py::none(), py::arg("mask") = py::none(),
+        py::arg("normalizer") = py::none(), py::arg("empty_zero") = false,
+        py::arg("skip_empty") = false, py::arg("out_fp32") = false,
+        py::arg("target2") = py::none(), py::arg("mix") = py::none());
+  m.def("check_rows", wce::check_rows_entry, py::arg("input"), py::arg("target"),
+        py::arg("target_prob"), py::arg("weight"), py::arg("log_prior"), py::arg("mask"),
+        py::arg("spike"), py::arg("floor"), py::arg("soft"), py::arg("ignore_index"),
+        py::arg("skip_empty"), py::arg("entropy"), py::arg("sample_weight") = py::none(),
+        py::arg("normalizer") = py::none(), py::arg("reduction"), py::arg("empty_zero"));
   m.def("cpu_isas", wce::cpu_isas);
   m.def("get_cpu_isa", wce::get_cpu_isa);
   m.def("set_cpu_isa", wce::set_cpu_isa, py::arg("name") = py::none());
