@@ -103,6 +103,20 @@ def test_transforms_and_duals_are_explained():
     assert seen == ["composite"] * 3
 
 
+def test_traces_under_autocast_are_explained():
+    said = []
+
+    def loss(x):
+        said.append(explain(x, Y).path)
+        return ce(x, Y)
+
+    plain = torch.jit.trace(loss, (X,), check_trace=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = torch.jit.trace(loss, (X,), check_trace=False)
+    held = ["cross_entropy_loss" in str(trace.inlined_graph) for trace in (plain, mixed)]
+    assert said == ["native", "composite"] and held == [True, False]
+
+
 def test_strict_mode_names_transforms(monkeypatch):
     monkeypatch.setenv("WCE_STRICT", "1")
     with pytest.raises(RuntimeError, match="WCE_STRICT.*torch.func"):

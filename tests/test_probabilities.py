@@ -691,6 +691,10 @@ SOFT_ERRORS = [
      "ignore_index is not supported for floating point target"),
     (lambda: (torch.rand(4, 5), torch.rand(4, 5), torch.rand(4)), {}, RuntimeError,
      r"all 5 classes or no classes but got weight tensor of shape: \[4\]"),
+    (lambda: (torch.rand(4, 5), torch.rand(4, 5)), {"ignore_index": "a"}, TypeError,
+     "ignore_index must be int, not str"),
+    (lambda: (torch.rand(4, 5), torch.rand(4, 5), torch.ones(5) * 1j), {}, ValueError,
+     "weight: expected one real factor per class"),
     (lambda: (torch.rand(4, 5), torch.rand(4, 5)), {"reduction": "avg"}, ValueError,
      "avg is not a valid value for reduction"),
     (lambda: (torch.ones(4, 5, dtype=torch.long), torch.rand(4, 5)), {}, NotImplementedError,
@@ -706,6 +710,15 @@ def test_from_probs_errors(case):
     arguments, kwargs, error, text = SOFT_ERRORS[case]
     with pytest.raises(error, match=text):
         cross_entropy_from_probs(*arguments(), **kwargs)
+
+
+def test_from_probs_under_compiled_autograd():
+    y, t = torch.rand(6, 5).requires_grad_(), torch.rand(6, 5)
+    (want,) = torch.autograd.grad(cross_entropy_from_probs(y, t), y)
+    with torch._dynamo.compiled_autograd._enable(
+            torch.compile(backend="aot_eager", fullgraph=True)):
+        cross_entropy_from_probs(y, t).backward()
+    torch.testing.assert_close(y.grad, want)
 
 
 # ---- CUDA ----------------------------------------------------------------------------------------

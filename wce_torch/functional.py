@@ -321,7 +321,8 @@ def explain(
     if torch._C._are_functorch_transforms_active():
         return Explanation("composite", "a transform of torch.func is active")
     if torch._C._get_tracing_state() is not None:
-        return Explanation("native" if plain else "composite", "TorchScript is tracing")
+        native = plain and not arguments.is_autocast(input)
+        return Explanation("native" if native else "composite", "TorchScript is tracing")
     path, why = _C.route(
         input,
         target,

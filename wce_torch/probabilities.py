@@ -161,6 +161,7 @@ def cross_entropy_from_probs(
     reduction = _REDUCTIONS[arguments.reduction_code(reduction)]
     arguments.check_tensors(probs=probs, target=target, weight=weight)
     arguments.check_same_device(probs.device, target=target, weight=weight)
+    ignore_index = arguments.index_number(ignore_index)
     if not probs.is_floating_point():
         raise NotImplementedError(
             f"cross_entropy_from_probs: not implemented for probs of type {probs.dtype}"
@@ -327,6 +328,11 @@ def _check_soft(probs: Tensor, target: Tensor, weight: Tensor | None, ignore_ind
     if probs.dim() == 0:
         raise IndexError("Dimension out of range: probs must have at least one dimension, got 0")
     classes = probs.shape[_class_dim(probs)]
+    if weight is not None and weight.is_complex():
+        raise ValueError(
+            "weight: expected one real factor per class, shape [C], got "
+            + arguments.describe(weight)
+        )
     if weight is not None and weight.shape != (classes,):
         raise RuntimeError(
             "cross_entropy: weight tensor should be defined either for all "
@@ -376,8 +382,13 @@ class _SoftRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         probs, target, weight = ctx.saved_tensors
-        # create_graph wants a gradient with a graph; batched gradients want nothing in place.
-        if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(grad):
+        # create_graph wants a gradient with a graph; batched gradients and compiled autograd want
+        # nothing in place.
+        if (
+            torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+            or torch._C._functorch.is_legacy_batchedtensor(grad)
+        ):
             return _differentiable_gradient(probs, target, weight, ctx.acc, grad), None, None, None
         dim = _class_dim(probs)
         result = torch.empty_like(probs)
