@@ -207,7 +207,7 @@ def shifted_problems(layout, classes, dtype):
 
 @every_isa
 @pytest.mark.parametrize("layout", ["rows", "planes"])
-@pytest.mark.parametrize("classes", [1, 2, 5, 16, 40, 700])
+@pytest.mark.parametrize("classes", [1, 2, 5, 16, 40, 48, 700])
 @every_dtype
 def test_misaligned_pointers(isa, layout, classes, dtype):
     """Every offset of the base inside a cache line, of logits, soft target and options alike."""
