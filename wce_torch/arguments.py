@@ -41,6 +41,12 @@ def check_tensors(**named):
             raise TypeError(f"argument '{name}' must be Tensor, not {type(value).__name__}")
 
 
+def bad_class_weight(weight):
+    return ValueError(
+        f"weight: expected one real factor per class, shape [C], got {describe(weight)}"
+    )
+
+
 def check_same_device(expected, **named):
     for name, value in named.items():
         if value is not None and value.device != expected:
@@ -122,9 +128,6 @@ def is_readable(tensor):
     )
 
 
-_LARGE_TAU = 1e35  # below it tau * log q is finite: log q of a float64 q is above -750
-
-
 def without_grad_wrappers(value):
     """A tensor without what ``torch.func.grad`` and its kin have put around it."""
     functorch = torch._C._functorch
@@ -178,6 +181,9 @@ def _check_prior_values(q, total):
     if not q.any():
         raise ValueError("class_prior: expected a value above 0 for some class, all are 0")
     raise ValueError(f"class_prior: expected values with a finite sum, got the sum {total.item()}")
+
+
+_LARGE_TAU = 1e35  # below it tau * log q is finite: log q of a float64 q is above -750
 
 
 def scaled_log_prior(class_prior, tau, input):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -157,25 +157,30 @@ def _general(
     )
     extra = {} if plain else operator_options(input, **options)
     if why is not None:
-        return composite_loss(why, *args, **extra, out_fp32=arguments.is_autocast(input))
-    return operator_loss(*args, **extra)
+        extra["out_fp32"] = arguments.is_autocast(input)
+    return operator_or_composite(why, LOSS, *args, **extra)
 
 
-def operator_loss(*args, **extra):
-    """The operator. Transforms of torch.func would hide the values of targets from its checks."""
-    if not is_compiling() and torch._C._are_functorch_transforms_active():
-        args_seen = [arguments.without_grad_wrappers(value) for value in args]
-        extra_seen = {k: arguments.without_grad_wrappers(value) for k, value in extra.items()}
-        _C.check_loss(*args_seen, **extra_seen)
-    return torch.ops.wce.cross_entropy(*args, **extra)
+class Forms(NamedTuple):
+    """One function in three forms with the same arguments."""
+
+    operator: Callable
+    composite: Callable
+    check: Callable  # of the arguments, as the operator's kernels do it
 
 
-def composite_loss(why, *args, **extra):
-    """The composite for tensors that no operator takes, checked as an operator would."""
-    arguments.leave_fused(why)
-    if not is_compiling():
-        _C.check_loss(*args, **extra)
-    return composite.composite(*args, **extra)
+LOSS = Forms(torch.ops.wce.cross_entropy, composite.composite, _C.check_loss)
+
+
+def operator_or_composite(why, forms, *args, **keywords):
+    """The operator, or, where it does not take the type of a tensor (why), the composite. Checked
+    here where the operator cannot: transforms of torch.func hide the values of targets from it."""
+    if why is not None:
+        arguments.leave_fused(why)
+    if not is_compiling() and (why is not None or torch._C._are_functorch_transforms_active()):
+        plain = arguments.without_grad_wrappers
+        forms.check(*map(plain, args), **{name: plain(v) for name, v in keywords.items()})
+    return (forms.operator if why is None else forms.composite)(*args, **keywords)
 
 
 # A program of TorchScript that calls this function gets torch's own.
@@ -393,10 +398,7 @@ def class_weight_sum(
     if not isinstance(weight, torch.Tensor):
         raise TypeError(f"argument 'weight' must be Tensor, not {type(weight).__name__}")
     if weight.dim() != 1 or weight.is_complex():
-        raise ValueError(
-            "weight: expected one real factor per class, shape [C], got "
-            + arguments.describe(weight)
-        )
+        raise arguments.bad_class_weight(weight)
     y = torch.where(counts, target, 0)
     if arguments.is_readable(y) and y.numel():
         _check_classes(y, weight.numel())

@@ -8,11 +8,11 @@ from torch import Tensor
 
 from . import arguments
 from .functional import (
+    LOSS,
     check_class_weight,
-    composite_loss,
     needs_native,
-    operator_loss,
     operator_options,
+    operator_or_composite,
 )
 
 
@@ -67,6 +67,4 @@ def mixup_cross_entropy(
     options["target2"] = target_b
     options["mix"] = arguments.mixing_share(lam, input, target_a.shape)
     why = needs_native(input, target_a, weight) or needs_native(target_b)
-    if why is None:
-        return operator_loss(*args, **options)
-    return composite_loss(why, *args, **options)
+    return operator_or_composite(why, LOSS, *args, **options)

@@ -329,10 +329,7 @@ def _check_soft(probs: Tensor, target: Tensor, weight: Tensor | None, ignore_ind
         raise IndexError("Dimension out of range: probs must have at least one dimension, got 0")
     classes = probs.shape[_class_dim(probs)]
     if weight is not None and weight.is_complex():
-        raise ValueError(
-            "weight: expected one real factor per class, shape [C], got "
-            + arguments.describe(weight)
-        )
+        raise arguments.bad_class_weight(weight)
     if weight is not None and weight.shape != (classes,):
         raise RuntimeError(
             "cross_entropy: weight tensor should be defined either for all "

@@ -14,7 +14,13 @@ import torch
 from torch import Tensor
 
 from . import _C, arguments, composite
-from .functional import check_class_weight, needs_native, operator_options
+from .functional import (
+    Forms,
+    check_class_weight,
+    needs_native,
+    operator_options,
+    operator_or_composite,
+)
 
 
 class CrossEntropyStats(NamedTuple):
@@ -99,18 +105,12 @@ def cross_entropy_with_stats(
     return CrossEntropyStats(loss, lse, log_prob, correct, entropy)
 
 
-def _rows(input, target, target_prob, weight, log_prior, *rest, **keywords):
+_ROWS = Forms(torch.ops.wce.rows_forward, composite.rows_composite, _C.check_rows)
+
+
+def _rows(input, target, target_prob, weight, *rest, **keywords):
     why = needs_native(input, target, target_prob, weight)
-    args = (input, target, target_prob, weight, log_prior, *rest)
-    if why is not None:
-        arguments.leave_fused(why)
-    eager = not torch.compiler.is_compiling()
-    if eager and (why is not None or torch._C._are_functorch_transforms_active()):
-        keywords_seen = {k: arguments.without_grad_wrappers(v) for k, v in keywords.items()}
-        _C.check_rows(*map(arguments.without_grad_wrappers, args), **keywords_seen)
-    if why is not None:
-        return composite.rows_composite(*args, **keywords)
-    return torch.ops.wce.rows_forward(*args, **keywords)
+    return operator_or_composite(why, _ROWS, input, target, target_prob, weight, *rest, **keywords)
 
 
 def _result_type(input, target, weight, soft):

@@ -54,6 +54,13 @@ void expect_dense(const OptTensor &tensor, const char *name) {
   TORCH_CHECK(is_dense(tensor), name, ": expected a dense tensor, got layout ", tensor->layout());
 }
 
+template <class Args> void expect_dense_options(const Args &a) {
+  expect_dense(a.log_prior, "class_prior");
+  expect_dense(a.sample_weight, "sample_weight");
+  expect_dense(a.mask, "mask");
+  expect_dense(a.normalizer, "normalizer");
+}
+
 bool cuda_kernels_exist() {
   static const bool exist = c10::Dispatcher::singleton()
                                 .findSchemaOrThrow("wce::forward", "")
@@ -81,10 +88,7 @@ bool above(const Tensor &tensor, at::ScalarType logits) {
 } // namespace
 
 Route route_loss(const LossArgs &a) {
-  expect_dense(a.log_prior, "class_prior");
-  expect_dense(a.sample_weight, "sample_weight");
-  expect_dense(a.mask, "mask");
-  expect_dense(a.normalizer, "normalizer");
+  expect_dense_options(a);
   expect_dense(a.target2, "target_b");
   expect_dense(a.mix, "lam");
   if (!is_dense(a.input) || !is_dense(a.target) || !is_dense(a.weight))
@@ -108,10 +112,7 @@ Route route_rows(const RowsArgs &a) {
   expect_dense(a.input, "input");
   expect_dense(a.target ? a.target : a.target_prob, "target");
   expect_dense(a.weight, "weight");
-  expect_dense(a.log_prior, "class_prior");
-  expect_dense(a.sample_weight, "sample_weight");
-  expect_dense(a.mask, "mask");
-  expect_dense(a.normalizer, "normalizer");
+  expect_dense_options(a);
   if (any_tangent(a.input, a.target_prob, a.weight, a.log_prior, a.sample_weight, a.normalizer))
     return {Path::composite, "forward-mode AD: a tensor has a tangent"};
   const Route device = device_route(a.input);

@@ -165,8 +165,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("check_rows", wce::check_rows_entry, py::arg("input"), py::arg("target"),
         py::arg("target_prob"), py::arg("weight"), py::arg("log_prior"), py::arg("mask"),
         py::arg("spike"), py::arg("floor"), py::arg("soft"), py::arg("ignore_index"),
-        py::arg("skip_empty"), py::arg("entropy"), py::arg("sample_weight") = py::none(),
-        py::arg("normalizer") = py::none(), py::arg("reduction"), py::arg("empty_zero"));
+        py::arg("skip_empty"), py::arg("entropy"), py::arg("sample_weight"), py::arg("normalizer"),
+        py::arg("reduction"), py::arg("empty_zero"));
   m.def("cpu_isas", wce::cpu_isas);
   m.def("get_cpu_isa", wce::get_cpu_isa);
   m.def("set_cpu_isa", wce::set_cpu_isa, py::arg("name") = py::none());
