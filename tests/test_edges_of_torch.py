@@ -113,6 +113,13 @@ def test_traces_hold_torchs_operators_alone(name):
     torch.testing.assert_close(traced(X * 2, Y), call(X * 2, Y))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_trace_follows_a_prior_that_is_an_input():
+    traced = torch.jit.trace(lambda x, q: ce(x, Y, class_prior=q), (X, W))
+    torch.testing.assert_close(traced(X, W.flip(0)), ce(X, Y, class_prior=W.flip(0)))
+
+
 # ---- autocast, transforms, meta ------------------------------------------------------------------
 
 

@@ -85,6 +85,26 @@ def test_prior_types(make):
     assert_near(scaled, want.loss, want.loss_scale)
 
 
+PRIOR_VIEWS = {
+    "strided": lambda q: torch.stack([q, -q], 1)[:, 0],
+    "negative view": lambda q: torch._neg_view(-q),
+    "float64": lambda q: q.double(),
+    "int64": lambda q: (q * 1000).round().long(),
+    "int32": lambda q: (q * 1000).round().int(),
+    "half": lambda q: (q * 4).round().half(),
+    "gradient": lambda q: q.clone().requires_grad_(),
+}
+
+
+@pytest.mark.parametrize("classes", [7, 2000])
+@pytest.mark.parametrize("view", PRIOR_VIEWS)
+def test_prior_is_read_from_any_memory(view, classes):
+    x, y = torch.randn(3, classes).double(), torch.randint(classes, (3,))
+    q = PRIOR_VIEWS[view](torch.rand(classes) + 0.5)
+    want = reference(x, y, class_prior=q.detach().double()).loss
+    torch.testing.assert_close(ce(x, y, class_prior=q), want, **CLOSE)
+
+
 def test_uniform_prior_and_tau_zero_change_nothing():
     x, y = torch.randn(6, 4).double(), torch.randint(4, (6,))
     torch.testing.assert_close(ce(x, y, class_prior=torch.full((4,), 3.0)), ce(x, y), **CLOSE)
@@ -129,6 +149,8 @@ BAD = {
     "prior_nan": (dict(class_prior=torch.tensor([1.0, math.nan, 2, 3])), "class_prior", "nan"),
     "prior_inf": (dict(class_prior=torch.tensor([1.0, math.inf, 2, 3])), "class_prior", "inf"),
     "prior_zeros": (dict(class_prior=torch.zeros(4)), "class_prior", "0"),
+    "prior_negative_view": (dict(class_prior=torch._neg_view(torch.ones(4))), "class_prior", "-1"),
+    "prior_zero_tensor": (dict(class_prior=torch._efficientzerotensor(4)), "class_prior", "0"),
     "prior_size": (dict(class_prior=torch.ones(5)), "(class|log)_prior", "5"),
     "prior_rank": (dict(class_prior=torch.ones(1, 4)), "class_prior", r"1, 4"),
     "prior_text": (dict(class_prior=["a", "b"]), "class_prior", "'a'"),

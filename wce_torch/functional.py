@@ -162,14 +162,15 @@ def _general(
 
 
 class Forms(NamedTuple):
-    """One function in three forms with the same arguments."""
+    """One function in four forms with the same arguments."""
 
-    operator: Callable
+    operator: Callable  # for traces
+    eager: Callable  # the operator by a shorter way
     composite: Callable
     check: Callable  # of the arguments, as the operator's kernels do it
 
 
-LOSS = Forms(torch.ops.wce.cross_entropy, composite.composite, _C.check_loss)
+LOSS = Forms(torch.ops.wce.cross_entropy, _C.loss, composite.composite, _C.check_loss)
 
 
 def operator_or_composite(why, forms, *args, **keywords):
@@ -177,10 +178,13 @@ def operator_or_composite(why, forms, *args, **keywords):
     here where the operator cannot: transforms of torch.func hide the values of targets from it."""
     if why is not None:
         arguments.leave_fused(why)
-    if not is_compiling() and (why is not None or torch._C._are_functorch_transforms_active()):
+    compiling = is_compiling()
+    if not compiling and (why is not None or torch._C._are_functorch_transforms_active()):
         plain = arguments.without_grad_wrappers
         forms.check(*map(plain, args), **{name: plain(v) for name, v in keywords.items()})
-    return (forms.operator if why is None else forms.composite)(*args, **keywords)
+    if why is not None:
+        return forms.composite(*args, **keywords)
+    return (forms.operator if compiling else forms.eager)(*args, **keywords)
 
 
 # A program of TorchScript that calls this function gets torch's own.

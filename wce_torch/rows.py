@@ -105,7 +105,7 @@ def cross_entropy_with_stats(
     return CrossEntropyStats(loss, lse, log_prob, correct, entropy)
 
 
-_ROWS = Forms(torch.ops.wce.rows_forward, composite.rows_composite, _C.check_rows)
+_ROWS = Forms(torch.ops.wce.rows_forward, _C.rows, composite.rows_composite, _C.check_rows)
 
 
 def _rows(input, target, target_prob, weight, *rest, **keywords):

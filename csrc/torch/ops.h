@@ -212,6 +212,12 @@ private:
   c10::MaybeOwned<at::Tensor> loss_, lse_, log_prob_;
 };
 
+// ---- class_prior.cpp ---------------------------------------------------------------------------
+
+// tau * log(q / sum q) in the type of the arithmetic; nothing where q is not a constant in the memory
+// of the CPU or its values are bad, which arguments.py treats or names.
+OptTensor scaled_log_prior(const at::Tensor &q, double tau, at::ScalarType acc);
+
 // ---- gradient_memory.cpp -----------------------------------------------------------------------
 
 // For a gradient of `bytes` on the CPU: large ones get memory that is kept from step to step.
