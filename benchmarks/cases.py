@@ -20,7 +20,7 @@ DTYPES = {
 # Each group is one row of the table of targets in report.py.
 GROUPS = ("small", "other", "few", "middle", "long", "planes", "soft", "f64", "features", "scaling")
 
-Z_LOSS = 1e-4  # factor of mean(lse^2) in the cases that ask for row outputs
+Z_LOSS = 1e-4  # factor of mean(lse^2) in the cases with z-loss
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Case:
     smoothing: float = 0.0
     reduction: str = "mean"
     values: str = "randn"  # or ascending: the worst order for an online maximum
-    feature: str = ""  # class_prior, sample_weight, stats, mixup
+    feature: str = ""  # class_prior, sample_weight, stats, z_loss, mixup
     autocast: bool = False
     compiled: bool = True  # torch.compile is one of the rivals
     quick: bool = False  # part of --quick
@@ -126,7 +126,7 @@ _CPU = (
     # More than native has: against the same thing composed from native operations.
     *(
         Case("features", shape, feature=feature, compiled=False)
-        for feature in ("class_prior", "sample_weight", "stats", "mixup")
+        for feature in ("class_prior", "sample_weight", "stats", "z_loss", "mixup")
         for shape in ((65536, 10), (32768, 1000))
     ),
 )

@@ -33,7 +33,7 @@ def _native(case: Case, data: Data) -> Loss:
             return (rows * s).sum() / (s * w[y]).sum()
 
         return weighted
-    if case.feature == "stats":
+    if case.feature in ("stats", "z_loss"):
 
         def with_stats(x: torch.Tensor) -> torch.Tensor:
             log_p = F.log_softmax(x, 1)
@@ -42,7 +42,7 @@ def _native(case: Case, data: Data) -> Loss:
             log_p.gather(1, y.unsqueeze(1))
             _ = x.argmax(1) == y
             _ = -(log_p.detach().exp() * log_p.detach()).sum(1)
-            return loss + Z_LOSS * (lse**2).mean()
+            return loss + Z_LOSS * (lse**2).mean() if case.feature == "z_loss" else loss
 
         return with_stats
     if case.feature == "mixup":
@@ -58,11 +58,13 @@ def _ours(case: Case, data: Data) -> Loss:
 
     y, w = data.target, data.weight
     reduction, e = case.reduction, case.smoothing
-    if case.feature == "stats":
+    if case.feature in ("stats", "z_loss"):
 
         def with_stats(x: torch.Tensor) -> torch.Tensor:
             stats = wce_torch.cross_entropy_with_stats(x, y, w)
-            return stats.loss + Z_LOSS * (stats.lse**2).mean()
+            if case.feature == "z_loss":
+                return stats.loss + Z_LOSS * (stats.lse**2).mean()
+            return stats.loss
 
         return with_stats
     if case.feature == "mixup":

@@ -135,7 +135,7 @@ def _reference(case: Case, data: Data) -> Iterator[_Chunk]:
         row = a.sum(1, keepdim=True)
         loss = (row * (lse - m))[:, 0] - (a * (x - m)).sum(1)
         grad = (row * p - a) * (g[:, None] if g.dim() else g)
-        if case.feature == "stats":
+        if case.feature == "z_loss":
             loss = loss + Z_LOSS / case.rows * lse[:, 0] ** 2
             grad += 2 * Z_LOSS / case.rows * lse * p
         yield _Chunk(outer, inner, loss, grad)
