@@ -161,7 +161,7 @@ def log_prior(class_prior, device=None):
             q = torch.as_tensor(q, dtype=torch.float64, device=device)
         except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(f"class_prior: expected {_PRIOR}, got {describe(q)}") from error
-    quick = _quick_log_prior(q, 1.0, torch.float64)
+    quick = _C.log_prior(q) if is_readable(q) else None
     if quick is not None:
         return quick
     if q.dim() != 1 or q.is_complex() or q.dtype == torch.bool or q.numel() == 0:
@@ -171,14 +171,6 @@ def log_prior(class_prior, device=None):
     if is_readable(q):
         _check_prior_values(q, total)
     return (q / total).log()
-
-
-def _quick_log_prior(q, tau, dtype):
-    """tau * log(q / sum q) without tensor operations, or None: q cannot be read at once, is of a
-    rare type, or is bad."""
-    if isinstance(q, torch.Tensor) and is_readable(q):
-        return _C.scaled_log_prior(q, tau, dtype == torch.float64)
-    return None
 
 
 def _check_prior_values(q, total):
@@ -196,27 +188,19 @@ def _check_prior_values(q, total):
     raise ValueError(f"class_prior: expected values with a finite sum, got the sum {total.item()}")
 
 
-def _check_prior_fits(log_q, input):
+_LARGE_TAU = 1e35  # below it tau * log q is finite: log q of a float64 q is above -750
+
+
+def scaled_log_prior(class_prior, tau, input):
+    """tau * log q in the type in which the kernels add it to the logits; None for tau = 0."""
+    log_q = log_prior(class_prior, input.device)
+    tau = check_tau(tau)
     if input.dim() and log_q.shape[0] != input.shape[0 if input.dim() == 1 else 1]:
         raise ValueError(
             f"class_prior: expected one value per class for logits of shape {list(input.shape)}, "
             f"got shape {list(log_q.shape)}"
         )
     check_same_device(input.device, class_prior=log_q)
-
-
-_LARGE_TAU = 1e35  # below it tau * log q is finite: log q of a float64 q is above -750
-
-
-def scaled_log_prior(class_prior, tau, input):
-    """tau * log q in the type in which the kernels add it to the logits; None for tau = 0."""
-    tau = check_tau(tau)
-    quick = _quick_log_prior(class_prior, tau, acc_type(input)) if 0 < tau <= _LARGE_TAU else None
-    if quick is not None:
-        _check_prior_fits(quick, input)
-        return quick
-    log_q = log_prior(class_prior, input.device)
-    _check_prior_fits(log_q, input)
     if not tau:
         return None
     scaled = (log_q if tau == 1 else log_q * tau).to(acc_type(input))

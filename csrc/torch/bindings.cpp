@@ -88,10 +88,6 @@ RowsResult rows_entry(WCE_ROWS_PARAMS(c10::SymInt)) {
   return rows_forward(WCE_ROWS_ARGS);
 }
 
-OptTensor scaled_log_prior_entry(const at::Tensor &q, double tau, bool is_double) {
-  return scaled_log_prior(q, tau, is_double ? at::kDouble : at::kFloat);
-}
-
 // ("fused" | "composite" | "native", why) for tensors outside of transforms and traces.
 std::pair<std::string, std::string> route_entry(const at::Tensor &input, const at::Tensor &target,
                                                 const OptTensor &weight, const OptTensor &log_prior,
@@ -166,9 +162,8 @@ py::dict build_info() {
 
 // Arguments and defaults as in schema.cpp.
 template <class Fn> void def_loss(py::module_ &m, const char *name, Fn fn) {
-  m.def(name, fn, py::arg("input"), py::arg("target"),
-        py::arg("weight"), py::arg("reduction"), py::arg("ignore_index"),
-        py::arg("label_smoothing"), py::arg("log_prior") = py::none(),
+  m.def(name, fn, py::arg("input"), py::arg("target"), py::arg("weight"), py::arg("reduction"),
+        py::arg("ignore_index"), py::arg("label_smoothing"), py::arg("log_prior") = py::none(),
         py::arg("sample_weight") = py::none(), py::arg("mask") = py::none(),
         py::arg("normalizer") = py::none(), py::arg("empty_zero") = false,
         py::arg("skip_empty") = false, py::arg("out_fp32") = false,
@@ -176,11 +171,11 @@ template <class Fn> void def_loss(py::module_ &m, const char *name, Fn fn) {
 }
 
 template <class Fn> void def_rows(py::module_ &m, const char *name, Fn fn) {
-  m.def(name, fn, py::arg("input"), py::arg("target"),
-        py::arg("target_prob"), py::arg("weight"), py::arg("log_prior"), py::arg("mask"),
-        py::arg("spike"), py::arg("floor"), py::arg("soft"), py::arg("ignore_index"),
-        py::arg("skip_empty"), py::arg("entropy"), py::arg("sample_weight"), py::arg("normalizer"),
-        py::arg("reduction"), py::arg("empty_zero"));
+  m.def(name, fn, py::arg("input"), py::arg("target"), py::arg("target_prob"), py::arg("weight"),
+        py::arg("log_prior"), py::arg("mask"), py::arg("spike"), py::arg("floor"), py::arg("soft"),
+        py::arg("ignore_index"), py::arg("skip_empty"), py::arg("entropy"),
+        py::arg("sample_weight"), py::arg("normalizer"), py::arg("reduction"),
+        py::arg("empty_zero"));
 }
 
 } // namespace
@@ -194,7 +189,7 @@ PYBIND11_MODULE(_C, m) {
   wce::def_loss(m, "check_loss", wce::check_loss_entry);
   wce::def_rows(m, "rows", wce::rows_entry);
   wce::def_rows(m, "check_rows", wce::check_rows_entry);
-  m.def("scaled_log_prior", wce::scaled_log_prior_entry);
+  m.def("log_prior", wce::log_prior, py::arg("class_prior"));
   m.def("cpu_isas", wce::cpu_isas);
   m.def("get_cpu_isa", wce::get_cpu_isa);
   m.def("set_cpu_isa", wce::set_cpu_isa, py::arg("name") = py::none());

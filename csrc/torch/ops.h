@@ -214,9 +214,9 @@ private:
 
 // ---- class_prior.cpp ---------------------------------------------------------------------------
 
-// tau * log(q / sum q) in the type of the arithmetic; nothing where q is not a constant in the memory
-// of the CPU or its values are bad, which arguments.py treats or names.
-OptTensor scaled_log_prior(const at::Tensor &q, double tau, at::ScalarType acc);
+// log(q / sum q) in double; nothing where q is not a constant in the memory of the CPU, is of a rare
+// type or has bad values: arguments.py treats the first two and names the last.
+OptTensor log_prior(const at::Tensor &q);
 
 // ---- gradient_memory.cpp -----------------------------------------------------------------------
 
