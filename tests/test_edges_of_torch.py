@@ -133,6 +133,7 @@ UNDER_AUTOCAST = {
     "jvp": lambda x: torch.func.jvp(lambda x: ce(x, Y), (x,), (x,))[0],
     "options": lambda x: torch.func.vjp(lambda x: ce(x, Y, class_prior=W), x)[0],
     "subclass": lambda x: ce(x.as_subclass(Sub), Y, class_prior=W),
+    "subclass, mixup": lambda x: mixup(x.as_subclass(Sub), Y, Y.flip(0), 0.3),
 }
 
 

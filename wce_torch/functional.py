@@ -156,9 +156,7 @@ def _general(
         arguments.real_number(label_smoothing, "label_smoothing"),
     )
     extra = {} if plain else operator_options(input, **options)
-    if why is not None:
-        extra["out_fp32"] = arguments.is_autocast(input)
-    return operator_or_composite(why, LOSS, *args, **extra)
+    return loss(why, *args, **extra)
 
 
 class Forms(NamedTuple):
@@ -170,7 +168,7 @@ class Forms(NamedTuple):
     check: Callable  # of the arguments, as the operator's kernels do it
 
 
-LOSS = Forms(torch.ops.wce.cross_entropy, _C.loss, composite.composite, _C.check_loss)
+_LOSS = Forms(torch.ops.wce.cross_entropy, _C.loss, composite.composite, _C.check_loss)
 
 
 def operator_or_composite(why, forms, *args, **keywords):
@@ -185,6 +183,13 @@ def operator_or_composite(why, forms, *args, **keywords):
     if why is not None:
         return forms.composite(*args, **keywords)
     return (forms.operator if compiling else forms.eager)(*args, **keywords)
+
+
+def loss(why, input, *args, **options):
+    """The operator ``cross_entropy``, or its composite, which autocast does not reach by itself."""
+    if why is not None:
+        options["out_fp32"] = arguments.is_autocast(input)
+    return operator_or_composite(why, _LOSS, input, *args, **options)
 
 
 # A program of TorchScript that calls this function gets torch's own.

@@ -7,13 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from . import arguments
-from .functional import (
-    LOSS,
-    check_class_weight,
-    needs_native,
-    operator_options,
-    operator_or_composite,
-)
+from .functional import check_class_weight, loss, needs_native, operator_options
 
 
 def mixup_cross_entropy(
@@ -67,4 +61,4 @@ def mixup_cross_entropy(
     options["target2"] = target_b
     options["mix"] = arguments.mixing_share(lam, input, target_a.shape)
     why = needs_native(input, target_a, weight) or needs_native(target_b)
-    return operator_or_composite(why, LOSS, *args, **options)
+    return loss(why, *args, **options)
