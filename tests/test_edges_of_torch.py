@@ -147,6 +147,46 @@ def test_autocast_reaches_every_path(name):
             assert UNDER_AUTOCAST[name](x).dtype == torch.bfloat16
 
 
+class Recorder(torch.overrides.TorchFunctionMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.seen.append(getattr(function, "__name__", ""))
+        return function(*args, **(kwargs or {}))
+
+
+OPERATORS = {
+    "cross_entropy": lambda: ce(X, Y, W, empty="zero"),
+    "rows_forward": lambda: stats_of(X, Y, W),
+    "cross_entropy of mixup": lambda: mixup(X, Y, Y.flip(0), 0.3),
+}
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_modes_of_torch_function_see_the_operator(name):
+    with Recorder() as mode:
+        OPERATORS[name]()
+    assert name.split()[0] in mode.seen
+
+
+@pytest.mark.parametrize("option", ["sample_weight", "normalizer"])
+def test_subclass_as_an_option_decides_on_the_result(option):
+    value = (torch.rand(6) if option == "sample_weight" else torch.tensor(3.0)).as_subclass(Sub)
+    assert type(ce(X, Y, **{option: value})) is Sub
+
+
+def test_functional_tensors_have_no_values_to_read():
+    x, q = torch._to_functional_tensor(X), torch._to_functional_tensor(W)
+    torch._enable_functionalization(reapply_views=True)
+    try:
+        loss = torch._from_functional_tensor(ce(x, Y, class_prior=q))
+    finally:
+        torch._disable_functionalization()
+    torch.testing.assert_close(loss, ce(X, Y, class_prior=W))
+
+
 def test_meta_tensors_know_no_autocast():
     x, y = X.to("meta"), Y.to("meta")
     assert stats_of(x, y).loss.is_meta and mixup(x, y, y, 0.3).is_meta

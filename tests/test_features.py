@@ -163,6 +163,8 @@ BAD = {
     "tau_huge": (dict(class_prior=torch.ones(4), tau=1e39), "tau", r"1e\+39"),
     "tau_values": (dict(class_prior=torch.ones(4), tau=torch.ones(2)), "tau", r"Tensor.*2"),
     "tau_text": (dict(class_prior=torch.ones(4), tau="1"), "tau", "str"),
+    "tau_too_large": (dict(class_prior=torch.ones(4), tau=10**400), "tau", "int"),
+    "smoothing_too_large": (dict(empty="zero", label_smoothing=10**400), "label_smoothing", "int"),
     "sample_weight_size": (dict(sample_weight=torch.ones(5)), "sample_weight", "5"),
     "sample_weight_rank": (dict(sample_weight=torch.ones(6, 1)), "sample_weight", "6, 1"),
     "sample_weight_type": (dict(sample_weight=torch.ones(6, dtype=torch.long)), "sample_weight",

@@ -1,4 +1,4 @@
-"""The compiled module: the entry of eager mode, and control of the CPU kernels."""
+"""The compiled module: the entries of eager mode, and control of the CPU kernels."""
 
 from typing import Any
 
@@ -14,6 +14,15 @@ def cross_entropy(
     /,
 ) -> Tensor:
     """The loss; reduction is 0 none, 1 mean, 2 sum."""
+
+def loss(*args: Any, **keywords: Any) -> Tensor:
+    """torch.ops.wce.cross_entropy by a shorter way."""
+
+def rows(*args: Any, **keywords: Any) -> tuple[Tensor, ...]:
+    """torch.ops.wce.rows_forward by a shorter way."""
+
+def log_prior(class_prior: Tensor) -> Tensor | None:
+    """log(q / sum q) in float64; None where q cannot be read at once, is of a rare type or bad."""
 
 def route(
     input: Tensor,

@@ -81,7 +81,7 @@ def index_number(ignore_index):
 
 def real_number(value, name, expected="float"):
     """A float from int, float, numpy number or 0-d tensor."""
-    if isinstance(value, (float, int)):
+    if isinstance(value, float) or (isinstance(value, int) and torch.compiler.is_compiling()):
         return value
     if isinstance(value, torch.Tensor) and not _is_constant(value):
         raise TypeError(
@@ -91,7 +91,7 @@ def real_number(value, name, expected="float"):
     if not isinstance(value, (str, bytes)) and hasattr(value, "__float__"):
         try:
             return float(value)
-        except (TypeError, ValueError, RuntimeError):  # several values
+        except (TypeError, ValueError, RuntimeError, OverflowError):  # several values, too large
             pass
     raise TypeError(f"{name} must be {expected}, not {describe_type(value)}")
 

@@ -162,8 +162,8 @@ def _general(
 class Forms(NamedTuple):
     """One function in four forms with the same arguments."""
 
-    operator: Callable  # for traces
-    eager: Callable  # the operator by a shorter way
+    operator: Callable  # for torch.compile, torch.export and __torch_function__
+    eager: Callable  # the operator by a shorter way, which these do not see
     composite: Callable
     check: Callable  # of the arguments, as the operator's kernels do it
 
@@ -176,13 +176,14 @@ def operator_or_composite(why, forms, *args, **keywords):
     here where the operator cannot: transforms of torch.func hide the values of targets from it."""
     if why is not None:
         arguments.leave_fused(why)
-    compiling = is_compiling()
-    if not compiling and (why is not None or torch._C._are_functorch_transforms_active()):
+    traced = is_compiling()
+    if not traced and (why is not None or torch._C._are_functorch_transforms_active()):
         plain = arguments.without_grad_wrappers
         forms.check(*map(plain, args), **{name: plain(v) for name, v in keywords.items()})
     if why is not None:
         return forms.composite(*args, **keywords)
-    return (forms.operator if compiling else forms.eager)(*args, **keywords)
+    traced = traced or has_torch_function((*args, *keywords.values()))
+    return (forms.operator if traced else forms.eager)(*args, **keywords)
 
 
 def loss(why, input, *args, **options):

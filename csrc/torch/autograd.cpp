@@ -122,6 +122,13 @@ Route route_rows(const RowsArgs &a) {
   return fused;
 }
 
+bool is_readable(const Tensor &tensor) {
+  constexpr c10::DispatchKeySet hidden(
+      {c10::DispatchKey::Python, c10::DispatchKey::Functionalize, c10::DispatchKey::Batched,
+       c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::FuncTorchGradWrapper});
+  return tensor.is_cpu() && !tensor.key_set().has_any(hidden);
+}
+
 void leave_fused(const char *why) {
   const char *strict = std::getenv("WCE_STRICT");
   TORCH_CHECK(strict == nullptr || std::strcmp(strict, "1") != 0,
@@ -142,24 +149,16 @@ void check_weight_grad(const LossArgs &a) {
                        "'weight'. This input cannot have requires_grad True.");
 }
 
-// Not the values of fakes, of transforms and of traces.
-bool is_readable(const OptTensor &tensor) {
-  constexpr c10::DispatchKeySet hidden(
-      {c10::DispatchKey::Python, c10::DispatchKey::Functionalize, c10::DispatchKey::Batched,
-       c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::FuncTorchGradWrapper});
-  return tensor && tensor->is_cpu() && !tensor->key_set().has_any(hidden);
-}
-
 void check_readable_targets(const Tensor &input, const OptTensor &target, const SymInt &ignore_index,
                             const OptTensor &log_prior) {
-  if (!is_readable(target) || ignore_index.is_symbolic()) return;
+  if (!target || !is_readable(*target) || ignore_index.is_symbolic()) return;
   // Reading is not part of what a transform transforms.
   const c10::impl::ExcludeDispatchKeyGuard outside(
       c10::DispatchKeySet({c10::DispatchKey::FuncTorchDynamicLayerFrontMode,
                            c10::DispatchKey::FuncTorchDynamicLayerBackMode}));
   const at::AutoDispatchBelowAutograd below;
   check_target_values(input, *target, ignore_index.expect_int(),
-                      is_readable(log_prior) ? log_prior : no_tensor);
+                      log_prior && is_readable(*log_prior) ? log_prior : no_tensor);
 }
 
 } // namespace

@@ -15,6 +15,9 @@ struct Route {
 Route route_loss(const LossArgs &args);
 Route route_rows(const RowsArgs &args);
 
+// Whether values may be looked at: not those of fakes, of transforms and of traces.
+bool is_readable(const at::Tensor &tensor);
+
 // Raises where WCE_STRICT=1 forbids to leave the fused path.
 void leave_fused(const char *why);
 

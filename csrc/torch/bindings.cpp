@@ -76,8 +76,8 @@ at::Tensor cross_entropy_entry(const at::Tensor &input, const at::Tensor &target
                        no_tensor, no_tensor, no_tensor, false, false, false, no_tensor, no_tensor);
 }
 
-// The operators with all of their arguments. torch.ops finds its way by names and schemas: 12.5 us a
-// small call instead of 7.
+// The operators with all of their arguments. A small call takes 6 us; through torch.ops, which goes by
+// names and schemas, 8.
 at::Tensor loss_entry(WCE_LOSS_PARAMS(c10::SymInt)) {
   const py::gil_scoped_release release;
   return cross_entropy(WCE_LOSS_ARGS);
