@@ -64,6 +64,7 @@ typedef struct {
 /* Results per row; each pointer may be NULL. [rows], acc unless said otherwise.                   */
 typedef struct {
   void *max, *log_sum; /* m and L, kept apart: their sum loses the low bits under large offsets    */
+  void *coef_sum;      /* of a soft target: sum_c a_c, for backward                                */
   void *loss;          /* of type loss_dtype                                                       */
   wce_dtype loss_dtype;
   void *lse;        /* m + L, of every row, counted or not                                         */
@@ -88,6 +89,7 @@ typedef enum { WCE_NONE, WCE_MEAN, WCE_SUM } wce_reduction; /* numbered as in to
 typedef struct {
   wce_view dx;                /* same unit stride as the logits, other strides of its own          */
   const void *max, *log_sum;  /* from forward, or NULL: computed again                             */
+  const void *coef_sum;       /* the same of soft targets; may be NULL where max is not            */
   const void *grad;           /* g before the division, or NULL for 0                              */
   wce_dtype grad_dtype;       /*                                                                   */
   int64_t grad_stride;        /* 0: one value for all rows; 1: [rows]                              */

@@ -156,7 +156,7 @@ static bool needs_weight_sum(const wce_problem &p) {
   return p.floor != 0 && p.weight && !p.prob.data;
 }
 static bool needs_pieces(const wce_cuda_plan &plan, const wce_problem &p, const wce_row_grads &g) {
-  return plan.chunks > 1 && (!g.max || p.prob.data);
+  return plan.chunks > 1 && (!g.max || needs_coefficients(p, g));
 }
 
 static wce_cuda_status too_large(const char *kernel) {

@@ -241,7 +241,7 @@ struct plane_grads {
       const A top = g.max ? value_at<A>(g.max, row) : st[j].m;
       const A l = g.max ? value_at<A>(g.log_sum, row) : log_sum_of(st[j].m, st[j].s);
       A a = 0;
-      if (BODY != FAST) a = p.prob.data ? st[j].a : floor_sum<A>(p, weight_sum);
+      if (BODY != FAST) a = coef_sum_of<A>(p, g, row, st[j].a, weight_sum);
       const row_grad<A> d = grad_of_row(p, g, row, info, counts(p, info, st[j]), top, l, a);
       m[j] = d.m;
       ke[j] = d.ke;
@@ -292,8 +292,8 @@ planes_backward(wce_problem p, wce_row_grads g, int across, const acc<T> *weight
 #pragma unroll
     for (int j = 0; j < V; ++j) st[j].clear();
     if (!g.max) planes_scan<T, BODY>(p, u, false, st);
-    else if (BODY != FAST && p.prob.data) planes_coefficients<T, BODY>(p, u, st);
-    if (!g.max || (BODY != FAST && p.prob.data))
+    else if (BODY != FAST && needs_coefficients(p, g)) planes_coefficients<T, BODY>(p, u, st);
+    if (!g.max || (BODY != FAST && needs_coefficients(p, g)))
       merge_slices<T, BODY>(u, across, true, reinterpret_cast<S *>(shared), st);
 
     plane_grads<T> d;

@@ -158,6 +158,7 @@ WCE_DEVICE void finish_row(const wce_problem &p, const wce_row_outputs &out, int
   }
   if (out.max) static_cast<A *>(out.max)[row] = m;
   if (out.log_sum) static_cast<A *>(out.log_sum)[row] = l;
+  if (BODY != FAST && out.coef_sum) static_cast<A *>(out.coef_sum)[row] = st.a;
   if (out.loss) store_as(out.loss_dtype, out.loss, row, loss);
   if (out.lse) static_cast<A *>(out.lse)[row] = m + l;
   if (out.log_prob) static_cast<A *>(out.log_prob)[row] = r.has_y ? (r.xy - m) - l : A(0);
@@ -269,6 +270,20 @@ template <class A>
 WCE_DEVICE A floor_sum(const wce_problem &p, const A *weight_sum) {
   if (p.floor == 0) return A(0);
   return static_cast<A>(p.floor) * (p.weight ? *weight_sum : static_cast<A>(p.classes));
+}
+
+// Whether backward has to read a soft target before it can start: for what forward did not leave,
+// and for whether a row counts.
+WCE_FN bool needs_coefficients(const wce_problem &p, const wce_row_grads &g) {
+  return p.prob.data && (!g.coef_sum || p.skip_empty);
+}
+
+// Sum of the coefficients of one row; `summed` is that of a soft target which was read.
+template <class A>
+WCE_DEVICE A coef_sum_of(const wce_problem &p, const wce_row_grads &g, int64_t row, A summed,
+                         const A *weight_sum) {
+  if (g.coef_sum) return value_at<A>(g.coef_sum, row);
+  return p.prob.data ? summed : floor_sum<A>(p, weight_sum);
 }
 
 }  // namespace wce_cuda

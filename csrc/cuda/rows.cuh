@@ -232,7 +232,7 @@ WCE_DEVICE stats<acc<T>, BODY> rows_missing(const wce_problem &p, const wce_row_
   const int n = item.row >= 0 ? static_cast<int>(p.classes) : 0;
   if (!g.max)
     st = rows_scan<T, BODY>(whole, n, lane, shape.lanes);
-  else if (BODY != FAST && p.prob.data)
+  else if (BODY != FAST && needs_coefficients(p, g))
     st = rows_coefficients<T, BODY>(whole, n, lane, shape.lanes);
   else
     return st;
@@ -325,7 +325,7 @@ rows_backward(wce_problem p, wce_row_grads g, rows_shape shape, const acc<T> *we
     const A m = g.max ? value_at<A>(g.max, item.row) : st.m;
     const A l = g.max ? value_at<A>(g.log_sum, item.row) : log_sum_of(st.m, st.s);
     A a = 0;
-    if (BODY != FAST) a = p.prob.data ? st.a : floor_sum<A>(p, weight_sum);
+    if (BODY != FAST) a = coef_sum_of<A>(p, g, item.row, st.a, weight_sum);
     const row_grad<A> d = grad_of_row(p, g, item.row, info, counts(p, info, st), m, l, a);
     T *dx = static_cast<T *>(const_cast<void *>(g.dx.data)) + offset_of(g.dx, at) + item.first;
     if (d.zero)

@@ -249,17 +249,25 @@ void check_row_grad(const at::Tensor &input, const OptTensor &grad, const char *
     check_per_row(input, *grad, name, "floating point", is_logits_type(grad->scalar_type()));
 }
 
-} // namespace
-
 // A formula without branches: a traced graph holds for any number of classes.
-SymInt stats_size(const at::Tensor &input, bool is_mixture) {
+SymInt stats_size(const at::Tensor &input, int64_t saved, int64_t denominators) {
   static const int64_t widest_without = [] {
     int64_t width = 0;
     while (!wce_saves_stats(width + 1)) width++;
     return width;
   }();
   const SymInt saves = (classes_of(input) - widest_without).max(0).min(1); // 0 or 1
-  return saves * count_rows(input) * 2 + (is_mixture ? 2 : 1);
+  return saves * count_rows(input) * saved + denominators;
+}
+
+} // namespace
+
+SymInt stats_size(const LossArgs &args) {
+  return stats_size(args.input, is_soft(args.input, args.target) ? 3 : 2, args.target2 ? 2 : 1);
+}
+
+SymInt stats_size(const RowsArgs &args) {
+  return stats_size(args.input, args.target_prob ? 3 : 2, 1);
 }
 
 bool is_soft(const at::Tensor &input, const at::Tensor &target) {
@@ -283,7 +291,7 @@ void check_backward(const LossArgs &args, const SymInt &ignore_index, const at::
   check_loss(args, ignore_index);
   const at::Tensor &input = args.input;
   check_loss_grad(input, grad, args.reduction, "grad");
-  check_stats(stats, input, stats_size(input, args.target2.has_value()));
+  check_stats(stats, input, stats_size(args));
 }
 
 void check_rows(const RowsArgs &args) {
@@ -308,7 +316,7 @@ void check_rows(const RowsArgs &args) {
 void check_rows_backward(const RowsArgs &args, const at::Tensor &stats, const OptTensor &grad_loss,
                          const OptTensor &grad_lse, const OptTensor &grad_log_prob) {
   check_rows(args);
-  check_stats(stats, args.input, stats_size(args.input, false));
+  check_stats(stats, args.input, stats_size(args));
   if (grad_loss) check_loss_grad(args.input, *grad_loss, args.reduction, "grad_loss");
   check_row_grad(args.input, grad_lse, "grad_lse");
   check_row_grad(args.input, grad_log_prob, "grad_log_prob");

@@ -267,9 +267,10 @@ void *value_at(const at::Tensor &stats, int64_t index) {
 
 } // namespace
 
-std::pair<void *, void *> saved_rows(const at::Tensor &stats, const Problem &problem) {
-  if (!wce_saves_stats(problem.c.classes)) return {nullptr, nullptr};
-  return {value_at(stats, 1), value_at(stats, 1 + problem.rows)};
+SavedRows saved_rows(const at::Tensor &stats, const Problem &problem) {
+  if (!wce_saves_stats(problem.c.classes)) return {};
+  return {value_at(stats, 1), value_at(stats, 1 + problem.rows),
+          problem.c.prob.data ? value_at(stats, 1 + 2 * problem.rows) : nullptr};
 }
 
 void *last_value(const at::Tensor &stats) { return value_at(stats, stats.numel() - 1); }

@@ -89,11 +89,6 @@ RowsBackwardFn rows_backward;
 // Soft targets are recognised by the shape alone: the same as the logits'.
 bool is_soft(const at::Tensor &input, const at::Tensor &target);
 
-// What forward leaves for backward is stats = [denominator, m[rows], L[rows], denominator of
-// target2's half]: m and L where they are saved, the last one for mixtures. The size may be
-// symbolic.
-c10::SymInt stats_size(const at::Tensor &input, bool is_mixture);
-
 // Views of the arguments, for the functions that look at all of them.
 struct LossArgs {
   const at::Tensor &input, &target;
@@ -112,6 +107,12 @@ struct RowsArgs {
   double spike, floor, soft;
   bool skip_empty = false;
 };
+
+// What forward leaves for backward is stats = [denominator, m[rows], L[rows], A[rows], denominator of
+// target2's half]: m, L and, of soft targets, A (their coef_sum) where they are saved, the last one
+// for mixtures. The size may be symbolic.
+c10::SymInt stats_size(const LossArgs &args);
+c10::SymInt stats_size(const RowsArgs &args);
 
 // Raise native's exceptions for arguments that native refuses (CPU, CUDA and Meta alike; shapes may
 // be symbolic), before any memory is touched. ignore_index matters for soft targets only.
@@ -191,9 +192,19 @@ private:
   wce_view view_{};
 };
 
-// Pointers to m and L in stats, null where they are not saved, and to its last value.
-std::pair<void *, void *> saved_rows(const at::Tensor &stats, const Problem &problem);
+// Where m, L and A stand in stats; null where they are not saved. And its last value.
+struct SavedRows {
+  void *max, *log_sum, *coef_sum;
+};
+SavedRows saved_rows(const at::Tensor &stats, const Problem &problem);
 void *last_value(const at::Tensor &stats);
+
+// The same, set in wce_row_outputs or wce_row_grads.
+template <class Rows>
+void set_saved(Rows &rows, const at::Tensor &stats, const Problem &problem) {
+  const SavedRows saved = saved_rows(stats, problem);
+  rows.max = saved.max, rows.log_sum = saved.log_sum, rows.coef_sum = saved.coef_sum;
+}
 
 // Converts `tensor` to one contiguous value per row of type acc (or leaves it as it is).
 c10::MaybeOwned<at::Tensor> rows_as(const at::Tensor &tensor, at::ScalarType acc);

@@ -71,8 +71,8 @@ void set_value(const at::Tensor &tensor, double value, int64_t at = 0) {
   }
 }
 
-at::Tensor empty_stats(const at::Tensor &input, const Problem &problem, bool is_mixture) {
-  return empty({stats_size(input, is_mixture).expect_int()}, problem.acc);
+template <class Args> at::Tensor empty_stats(const Args &args, const Problem &problem) {
+  return empty({stats_size(args).expect_int()}, problem.acc);
 }
 
 // Without classes no kernel runs: no row has anything to add up.
@@ -88,7 +88,7 @@ LossAndStats forward_no_classes(const LossArgs &args, const Problem &problem, in
   constexpr double nan = std::numeric_limits<double>::quiet_NaN();
   const bool smoothed = !is_soft(args.input, args.target) && args.label_smoothing > 0;
   at::Tensor loss = empty({}, type);
-  at::Tensor stats = empty_stats(args.input, problem, args.target2.has_value());
+  at::Tensor stats = empty_stats(args, problem);
   std::memset(stats.mutable_data_ptr(), 0, stats.nbytes());
   set_value(loss, args.reduction == WCE_MEAN || (smoothed && problem.rows > 0) ? nan : 0.0);
   if (args.reduction == WCE_NONE) loss = loss.expand(problem.row_shape()).contiguous();
@@ -121,10 +121,10 @@ LossAndStats forward_cpu(WCE_LOSS_PARAMS(int64_t)) {
   const at::ScalarType type = loss_type(input, target, weight, soft, out_fp32);
   if (problem.c.classes == 0) return forward_no_classes(args, problem, ignore_index, type);
 
-  at::Tensor stats = empty_stats(input, problem, target2.has_value());
+  at::Tensor stats = empty_stats(args, problem);
   at::Tensor loss = reduction == WCE_NONE ? empty(problem.row_shape(), type) : empty({}, type);
   wce_row_outputs out{};
-  std::tie(out.max, out.log_sum) = saved_rows(stats, problem);
+  set_saved(out, stats, problem);
   if (reduction == WCE_NONE) out.loss = loss.mutable_data_ptr();
   out.loss_dtype = dtype_of(type);
 
@@ -145,7 +145,7 @@ at::Tensor backward_cpu(WCE_BACKWARD_PARAMS(int64_t)) {
 
   wce_row_grads grads{};
   grads.dx = dx.view();
-  std::tie(grads.max, grads.log_sum) = saved_rows(stats, problem);
+  set_saved(grads, stats, problem);
   c10::MaybeOwned<at::Tensor> grad_owner;
   set_grad(grads, grad, grad_owner);
   if (reduction == WCE_MEAN) {
@@ -171,7 +171,7 @@ RowsResult rows_forward_cpu(WCE_ROWS_PARAMS(int64_t)) {
     return asked ? empty(shape, type) : empty({0}, type);
   };
   at::Tensor loss = reduction == WCE_NONE ? empty(shape, acc) : empty({}, acc);
-  at::Tensor stats = empty_stats(input, problem, false), lse = empty(shape, acc);
+  at::Tensor stats = empty_stats(args, problem), lse = empty(shape, acc);
   at::Tensor log_prob = wanted(target.has_value(), acc);
   at::Tensor entropies = wanted(entropy, acc), correct = wanted(target.has_value(), at::kBool);
 
@@ -179,7 +179,7 @@ RowsResult rows_forward_cpu(WCE_ROWS_PARAMS(int64_t)) {
     return asked ? tensor.mutable_data_ptr() : nullptr;
   };
   wce_row_outputs out{};
-  std::tie(out.max, out.log_sum) = saved_rows(stats, problem);
+  set_saved(out, stats, problem);
   out.loss = pointer(loss, reduction == WCE_NONE);
   out.loss_dtype = dtype_of(acc);
   out.lse = lse.mutable_data_ptr();
@@ -203,7 +203,7 @@ at::Tensor rows_backward_cpu(WCE_ROWS_BACKWARD_PARAMS(int64_t)) {
 
   wce_row_grads grads{};
   grads.dx = dx.view();
-  std::tie(grads.max, grads.log_sum) = saved_rows(stats, problem);
+  set_saved(grads, stats, problem);
   if (reduction == WCE_MEAN) grads.denominator = stats.const_data_ptr();
   const RowGrads upstream(grads, problem.acc, grad_loss, grad_lse, grad_log_prob);
   run_backward(problem, grads);

@@ -104,9 +104,8 @@ void run_backward(const Problem &problem, const Tensor &input, const wce_row_gra
                                  check.row(), stream));
 }
 
-Tensor empty_stats(const Tensor &input, const Problem &problem, bool is_mixture) {
-  return at::empty({stats_size(input, is_mixture).expect_int()},
-                   input.options().dtype(problem.acc));
+template <class Args> Tensor empty_stats(const Args &args, const Problem &problem) {
+  return at::empty({stats_size(args).expect_int()}, args.input.options().dtype(problem.acc));
 }
 
 // Without classes there is nothing to add up, but an index target can still be wrong.
@@ -125,7 +124,7 @@ LossAndStats forward_no_classes(const LossArgs &args, Problem &problem, at::Scal
   const at::IntArrayRef scalar;
   return {at::full(args.reduction == WCE_NONE ? problem.row_shape() : scalar, value,
                    options.dtype(type)),
-          empty_stats(args.input, problem, args.target2.has_value()).zero_()};
+          empty_stats(args, problem).zero_()};
 }
 
 // The caller's denominator in device memory. A number that lives on the CPU travels as an argument
@@ -164,13 +163,13 @@ LossAndStats forward_cuda(WCE_LOSS_PARAMS(int64_t)) {
   if (problem.c.classes == 0) return forward_no_classes(args, problem, type);
 
   const auto options = input.options();
-  const Tensor stats = empty_stats(input, problem, target2.has_value());
+  const Tensor stats = empty_stats(args, problem);
   const at::IntArrayRef scalar;
   const Tensor loss = at::empty(reduction == WCE_NONE ? problem.row_shape() : scalar,
                                 options.dtype(type));
   wce_row_outputs out{};
   out.loss_dtype = dtype_of(type);
-  std::tie(out.max, out.log_sum) = saved_rows(stats, problem);
+  set_saved(out, stats, problem);
   if (reduction == WCE_NONE) out.loss = loss.mutable_data_ptr();
 
   Tensor given;
@@ -193,7 +192,7 @@ Tensor backward_cuda(WCE_BACKWARD_PARAMS(int64_t)) {
 
   wce_row_grads grads{};
   grads.dx = dx.view();
-  std::tie(grads.max, grads.log_sum) = saved_rows(stats, problem);
+  set_saved(grads, stats, problem);
   c10::MaybeOwned<Tensor> grad_owner;
   set_grad(grads, grad, grad_owner);
   if (reduction == WCE_MEAN) {
@@ -224,7 +223,7 @@ RowsResult rows_forward_cuda(WCE_ROWS_PARAMS(int64_t)) {
   const Tensor loss =
       at::empty(reduction == WCE_NONE ? at::IntArrayRef(shape) : scalar, options.dtype(acc));
   const Tensor lse = wanted(true, acc), entropies = wanted(entropy, acc);
-  const Tensor stats = empty_stats(input, problem, false);
+  const Tensor stats = empty_stats(args, problem);
   const Tensor log_prob = wanted(target.has_value(), acc);
   const Tensor correct = wanted(target.has_value(), at::kBool);
 
@@ -232,7 +231,7 @@ RowsResult rows_forward_cuda(WCE_ROWS_PARAMS(int64_t)) {
     return asked ? tensor.mutable_data_ptr() : nullptr;
   };
   wce_row_outputs out{};
-  std::tie(out.max, out.log_sum) = saved_rows(stats, problem);
+  set_saved(out, stats, problem);
   out.loss = pointer(loss, reduction == WCE_NONE);
   out.loss_dtype = dtype_of(acc);
   out.lse = lse.mutable_data_ptr();
@@ -258,7 +257,7 @@ Tensor rows_backward_cuda(WCE_ROWS_BACKWARD_PARAMS(int64_t)) {
 
   wce_row_grads grads{};
   grads.dx = dx.view();
-  std::tie(grads.max, grads.log_sum) = saved_rows(stats, problem);
+  set_saved(grads, stats, problem);
   if (reduction == WCE_MEAN) grads.denominator = stats.const_data_ptr();
   const RowGrads upstream(grads, problem.acc, grad_loss, grad_lse, grad_log_prob);
   run_backward(problem, input, grads);

@@ -42,8 +42,7 @@ LossAndStats forward_meta(WCE_LOSS_PARAMS(SymInt)) {
   const at::ScalarType type = loss_type(input, target, weight, is_soft(input, target), out_fp32);
   at::Tensor loss = empty(
       reduction == WCE_NONE ? c10::SymIntArrayRef(rows.shape) : c10::SymIntArrayRef(), input, type);
-  return {loss, empty({stats_size(input, target2.has_value())}, input,
-                      acc_type(input.scalar_type()))};
+  return {loss, empty({stats_size(args)}, input, acc_type(input.scalar_type()))};
 }
 
 at::Tensor backward_meta(WCE_BACKWARD_PARAMS(SymInt)) {
@@ -67,7 +66,7 @@ RowsResult rows_forward_meta(WCE_ROWS_PARAMS(SymInt)) {
   };
   const c10::SymIntArrayRef scalar;
   return {empty(reduction == WCE_NONE ? c10::SymIntArrayRef(rows.shape) : scalar, input, acc),
-          empty({stats_size(input, false)}, input, acc),
+          empty({stats_size(args)}, input, acc),
           per_row(true, acc),
           per_row(target.has_value(), acc),
           per_row(entropy, acc),

@@ -345,6 +345,8 @@ static void check_outputs(const wce_row_outputs *out) {
     if (out->max && isfinite(e->m))
       compare("max", row, -1, acc, element(out->max, acc, row), e->m, 0);
     if (out->log_sum) compare("log_sum", row, -1, acc, element(out->log_sum, acc, row), e->L, L);
+    if (out->coef_sum)
+      compare("coef_sum", row, -1, acc, element(out->coef_sum, acc, row), e->A, e->a_size);
     if (out->lse) compare("lse", row, -1, acc, element(out->lse, acc, row), e->lse, m + L);
     if (out->log_prob)
       compare("log_prob", row, -1, acc, element(out->log_prob, acc, row), e->log_prob,
@@ -402,6 +404,7 @@ static wce_row_outputs random_outputs(void) {
   out.loss = maybe_rows(1, out.loss_dtype);
   if (stats) out.max = buffer(now.rows, dtype_size(acc));
   if (stats) out.log_sum = buffer(now.rows, dtype_size(acc));
+  if (stats && now.p.prob.data && chance(70)) out.coef_sum = buffer(now.rows, dtype_size(acc));
   out.lse = maybe_rows(now.wants_rows, acc);
   out.log_prob = maybe_rows(now.wants_rows && now.p.target, acc);
   out.entropy = maybe_rows(now.wants_rows, acc);
@@ -454,7 +457,10 @@ static const void *random_denominator(wce_dtype acc) {
 static wce_row_grads random_grads(const wce_row_outputs *out) {
   wce_dtype acc = acc_dtype(now.p.dtype);
   wce_row_grads grads = {0};
-  if (chance(70)) grads.max = out->max, grads.log_sum = out->log_sum;
+  if (chance(70)) {
+    grads.max = out->max, grads.log_sum = out->log_sum;
+    grads.coef_sum = out->coef_sum;
+  }
   grads.grad_dtype = out->loss_dtype;
   grads.grad_stride = chance(50);
   if (!now.wants_rows || chance(80))

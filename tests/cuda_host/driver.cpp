@@ -183,8 +183,8 @@ struct test_case {
   }
 
   void run() {
-    buffer loss, denominator, denominator2, max, log_sum, row_loss, lse, log_prob, entropy, correct;
-    buffer bad, dx;
+    buffer loss, denominator, denominator2, max, log_sum, coef_sum, row_loss, lse, log_prob, entropy;
+    buffer correct, bad, dx;
     const int64_t wants = f[OUTPUTS];
     loss.allocate(size_of(f[LOSS_DTYPE]));
     denominator.allocate(acc);
@@ -192,6 +192,7 @@ struct test_case {
     if (wants & (STATISTICS | BACKWARD)) {
       max.allocate(rows * acc);
       log_sum.allocate(rows * acc);
+      if (p.prob.data) coef_sum.allocate(rows * acc);
     }
     if (wants & ROW_LOSS) row_loss.allocate(rows * size_of(f[LOSS_DTYPE]));
     if (wants & ROW_RESULTS) {
@@ -202,7 +203,7 @@ struct test_case {
     if (wants & ENTROPIES) entropy.allocate(rows * acc);
     if (f[CHECK]) bad.allocate(8);
 
-    const wce_row_outputs out = {max.data,      log_sum.data,  row_loss.data,
+    const wce_row_outputs out = {max.data,      log_sum.data,  coef_sum.data, row_loss.data,
                                  static_cast<wce_dtype>(f[LOSS_DTYPE]),
                                  lse.data,      log_prob.data, entropy.data, correct.data};
     const wce_cuda_total total = {static_cast<wce_reduction>(f[REDUCTION]),
@@ -225,6 +226,7 @@ struct test_case {
       if (f[SAVED]) {
         g.max = max.data;
         g.log_sum = log_sum.data;
+        g.coef_sum = coef_sum.data;
       }
       g.grad = in[GRAD].data;
       g.grad_dtype = static_cast<wce_dtype>(f[GRAD_DTYPE]);
