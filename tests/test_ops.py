@@ -516,7 +516,7 @@ def test_compile_dynamic_is_one_graph():
         want = reference(x * 2, y, ignore_index=shape[1] - 1)
         assert_near(loss, want.loss, want.loss_scale)
         assert_near(x.grad, 2 * want.dx, 4)
-    # More than 32 classes keep statistics of each row: that rule may cost one more graph.
+    # 32 classes and more keep statistics of each row: that rule may cost one more graph.
     assert graphs(counter) <= 2
 
 

@@ -45,4 +45,10 @@ static inline char *wce_row_start(const wce_view *v, wce_dtype dtype, int64_t in
   return (char *)v->data + (o * v->stride_outer + i * v->stride_inner) * wce_dtype_size(dtype);
 }
 
+/* Elements between one and the next of n rows from row0 on; 0: they are not regular.              */
+static inline int64_t wce_row_step(const wce_view *v, int64_t inner, int64_t row0, int n) {
+  if (inner == 1) return v->stride_outer;
+  return row0 % inner + n <= inner ? v->stride_inner : 0;
+}
+
 #endif

@@ -28,8 +28,8 @@ TORCH_LIBRARY(wce, m) {
   m.def("cross_entropy" WCE_SCHEMA_LOSS " -> Tensor", tags);
   m.def("composite" WCE_SCHEMA_LOSS " -> Tensor", tags);
 
-  // stats, 1-D of type float32 (float64 for float64 logits): the mean's denominator, for more than
-  // 32 classes m[rows], L[rows] and, where the target is soft, the sums of its coefficients [rows]
+  // stats, 1-D of type float32 (float64 for float64 logits): the mean's denominator, from 32
+  // classes on m[rows], L[rows] and, where the target is soft, the sums of its coefficients [rows]
   // after it, and last the denominator of target2's half.
   m.def("forward" WCE_SCHEMA_LOSS " -> (Tensor loss, Tensor stats)", tags);
   m.def("backward(Tensor grad, Tensor input, Tensor target, Tensor? weight, Tensor stats, "

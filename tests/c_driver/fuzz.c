@@ -124,13 +124,14 @@ const char *__ubsan_default_options(void) { return "abort_on_error=1:print_stack
 
 static int64_t random_classes(void) {
   static const int64_t edges[] = {63, 64, 65, 127, 128, 129, 255, 256, 257, 511, 1000, 1023, 1025};
-  if (chance(60)) return 1 + below(40);
+  if (chance(50)) return 1 + below(40);
+  if (chance(30)) return 30 + below(230);
   if (chance(70)) return edges[below(sizeof edges / sizeof *edges)];
   return chance(70) ? 1 + below(5000) : 1 + below(200000);
 }
 
 static void random_shape(wce_problem *p) {
-  int64_t budget = chance(80) ? 2000 : chance(80) ? 20000 : 200000;
+  int64_t budget = chance(70) ? 2000 : chance(80) ? 20000 : 200000;
   p->classes = chance(1) ? 0 : random_classes();
   int64_t rows = 1 + below(1 + budget / (p->classes + 1));
   if (chance(50) && rows > 40) rows = 1 + below(40);
