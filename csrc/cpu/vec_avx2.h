@@ -264,6 +264,18 @@ WCE_AVX2_HALF(bf16)
 WCE_AVX2_HALF(f16)
 #undef WCE_AVX2_HALF
 
+/* Even elements, then odd ones: a bf16 is the high half of its float.                              */
+#define WCE_HAVE_TWO_bf16
+WCE_INLINE void f32_load_two_bf16(const uint16_t *p, v_f32 two[2]) {
+  __m256i both = _mm256_loadu_si256((const __m256i *)p), high = _mm256_set1_epi32((int)0xffff0000);
+  two[0] = _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
+  two[1] = _mm256_castsi256_ps(_mm256_and_si256(both, high));
+}
+WCE_INLINE void f32_store_two_bf16(uint16_t *p, const v_f32 two[2]) {
+  __m256i even = _mm256_srli_epi32(wce_round_bf16(two[0]), 16), odd = wce_round_bf16(two[1]);
+  _mm256_storeu_si256((__m256i *)p, _mm256_blend_epi16(even, odd, 0xaa));
+}
+
 /* ---- 64 bytes past the caches ----------------------------------------------------------------- */
 
 WCE_INLINE void wce_stream_line(void *to, const void *from) {

@@ -2,6 +2,21 @@
 #ifndef WCE_WIDEN_H
 #define WCE_WIDEN_H
 
+#define WCE_DEFINE_TWO(acc, elem, elem_t)                                                       \
+  WCE_INLINE void acc##_load_two_##elem(const elem_t *p, v_##acc two[2]) {                      \
+    two[0] = acc##_load_##elem(p), two[1] = acc##_load_##elem(p + LANES_##acc);                 \
+  }                                                                                             \
+  WCE_INLINE void acc##_store_two_##elem(elem_t *p, const v_##acc two[2]) {                     \
+    acc##_store_pair_##elem(p, two[0], two[1]);                                                 \
+  }
+WCE_DEFINE_TWO(f32, f32, float)
+WCE_DEFINE_TWO(f64, f64, double)
+WCE_DEFINE_TWO(f32, f16, uint16_t)
+#ifndef WCE_HAVE_TWO_bf16
+WCE_DEFINE_TWO(f32, bf16, uint16_t)
+#endif
+#undef WCE_DEFINE_TWO
+
 /* n elements; dst has room for LANES more. */
 #define WCE_DEFINE_WIDEN(acc, type, elem, elem_t)                                               \
   static inline void acc##_widen_##elem(type *dst, const elem_t *src, int64_t n) {              \
