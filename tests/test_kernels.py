@@ -554,6 +554,21 @@ def test_work_is_really_shared():
     assert busy >= 2
 
 
+@every_isa
+@pytest.mark.parametrize("dtype", ["bf16", "f16"])
+@pytest.mark.parametrize("classes", [5, 40, 100, 700])
+def test_every_nan_stays_nan(isa, dtype, classes):
+    """Rounding to 16 bits adds to the bits of a number: those of a nan must not become a number."""
+    x = torch.randn(64, classes).to(DTYPES[dtype]).requires_grad_()
+    every_bit = torch.full((64,), -1, dtype=torch.int32).view(torch.float32)
+    every_bit[::2] = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
+    every_bit[5] = 1.0
+    target = torch.randint(classes, (64,))
+    ce(x, target, sample_weight=every_bit, reduction="sum").backward()
+    assert x.grad[5].isfinite().all()
+    assert x.grad[torch.arange(64) != 5].isnan().all()
+
+
 # ---- statistics and control ----------------------------------------------------------------------
 
 
