@@ -1,7 +1,7 @@
 /* loss_math.h -- the formulas for one row, as scalar C. Also compiled by nvcc.
  *
  * Letters as in wce.h. What is here runs once per row or less; the loops over classes are in
- * cpu/rows.inc and cpu/tile.inc.                                                                 */
+ * cpu/row.inc, cpu/side.inc and cpu/tile.inc.                                                    */
 #ifndef WCE_LOSS_MATH_H
 #define WCE_LOSS_MATH_H
 

@@ -569,6 +569,35 @@ def test_every_nan_stays_nan(isa, dtype, classes):
     assert x.grad[torch.arange(64) != 5].isnan().all()
 
 
+@every_isa
+@every_dtype
+@pytest.mark.parametrize("classes", [7, 31, 33, 64, 100, 300, 1500])
+def test_a_row_does_not_depend_on_its_neighbours(isa, dtype, classes):
+    """The same bits alone, among others, and where rows are not one after the other in memory."""
+    x = torch.randn(5, 19, classes).to(DTYPES[dtype])
+    target = torch.randint(classes, (5, 18))
+    apart = x[:, :18].transpose(1, 2)  # [5, classes, 18]: a gap after each 18 rows
+    weight = torch.rand(classes).to(DTYPES[dtype])
+
+    def loss_and_gradient(x, target):
+        x = x.detach().requires_grad_()
+        stats = wce_torch.cross_entropy_with_stats(x, target, weight, reduction="none",
+                                                   label_smoothing=0.1)
+        plain = ce(x, target, weight, reduction="none")
+        (stats.loss + stats.lse + plain).sum().backward()
+        return [t.detach() for t in (stats.loss, stats.lse, stats.entropy, plain, x.grad)]
+
+    together = loss_and_gradient(apart, target)
+    packed = loss_and_gradient(x[:, :18].reshape(90, classes), target.reshape(90))
+    for one, other in zip(together[:4], packed[:4], strict=True):
+        assert torch.equal(one.reshape(90), other)
+    assert torch.equal(together[4].transpose(1, 2).reshape(90, classes), packed[4])
+    for row in range(0, 90, 7):
+        alone = loss_and_gradient(x[row // 18, row % 18][None], target.reshape(90)[row][None])
+        for one, other in zip(alone, packed, strict=True):
+            assert torch.equal(one[0], other[row])
+
+
 # ---- statistics and control ----------------------------------------------------------------------
 
 
