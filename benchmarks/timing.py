@@ -44,8 +44,11 @@ class CpuClock:
 
 
 class CudaClock:
-    """Device time between events, each call with a cold L2: a buffer of twice its size is written
-    before. That also lets the host run ahead, so that launches do not count."""
+    """Device time between events. The first step of each call finds a cold L2: a buffer of twice
+    its size is written before. Then the device idles for a while, so that the host runs ahead
+    and launches do not count."""
+
+    LEAD = 2_000_000  # cycles, about a millisecond: longer than Python takes for a call
 
     def __init__(self) -> None:
         size = torch.cuda.get_device_properties(0).L2_cache_size
@@ -55,6 +58,7 @@ class CudaClock:
         calls = []
         for _ in range(inner):
             self._flush.zero_()
+            torch.cuda._sleep(self.LEAD)
             events = [torch.cuda.Event(enable_timing=True) for _ in range(len(steps) + 1)]
             events[0].record()
             for step, event in zip(steps, events[1:], strict=True):

@@ -40,6 +40,7 @@ sum_weights(const A *weight, int64_t classes, A *result) {
 constexpr int64_t most_partials = 8192;      // blocks that leave a partial sum
 constexpr int64_t most_blocks = 1 << 20;     // of a launch without sums
 constexpr int64_t one_block_bytes = 65536;   // below, one block does everything in one launch
+constexpr int64_t narrow_classes = 32;       // rows this short: a thread per row
 constexpr int64_t narrow_bytes = 12288;      // of a tile; a block has two
 constexpr int64_t chunk_columns = 2048;      // least of a chunk
 constexpr int64_t busy_items = 1024;         // as many chunks keep a large card busy
@@ -124,7 +125,7 @@ static int64_t turns_of(const wce_cuda_plan &plan, const wce_problem &p) {
 static int64_t at_most(int64_t n, int64_t most) { return n < 1 ? 1 : n < most ? n : most; }
 
 static bool is_narrow(const wce_problem &p) {
-  return !wce_saves_stats(p.classes) && p.classes > 0 && is_packed(p, p.logits) &&
+  return p.classes > 0 && p.classes <= narrow_classes && is_packed(p, p.logits) &&
          (!p.prob.data || is_packed(p, p.prob));
 }
 
