@@ -100,7 +100,7 @@ typedef struct {
 } wce_row_grads;
 
 /* Whether forward keeps m and L for backward. For narrow rows that costs more than to compute them
- * again: with 24 classes 5 to 20 % of backward, with 32 it saves 20 to 35 (Zen 4, f32 and bf16). One
+ * again: with 24 classes 4 to 20 % of backward, with 32 it saves 4 to 35 (Zen 4, f32 and bf16). One
  * rule for every device and for shape inference.                                                  */
 static inline int wce_saves_stats(int64_t classes) { return classes >= 32; }
 
