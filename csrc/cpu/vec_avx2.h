@@ -12,6 +12,8 @@
 
 typedef __m256 v_f32;
 typedef __m256d v_f64;
+typedef int32_t lane_f32;
+typedef int64_t lane_f64;
 enum { LANES_f32 = 8, LANES_f64 = 4 };
 
 /* All bits set in the first n lanes. */
@@ -22,13 +24,18 @@ WCE_INLINE __m256i wce_first_lanes_f64(int n) {
   return _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), _mm256_setr_epi64x(0, 1, 2, 3));
 }
 
-#define WCE_AVX2_WORDS(acc, vec, type, sfx)                                                     \
+#define WCE_AVX2_WORDS(acc, vec, type, sfx, cmp_sfx, set_sfx)                                        \
   WCE_INLINE vec acc##_set1(type a) { return _mm256_set1_##sfx(a); }                            \
   WCE_INLINE vec acc##_add(vec a, vec b) { return _mm256_add_##sfx(a, b); }                     \
   WCE_INLINE vec acc##_sub(vec a, vec b) { return _mm256_sub_##sfx(a, b); }                     \
   WCE_INLINE vec acc##_mul(vec a, vec b) { return _mm256_mul_##sfx(a, b); }                     \
   WCE_INLINE vec acc##_fma(vec a, vec b, vec c) { return _mm256_fmadd_##sfx(a, b, c); }         \
   WCE_INLINE vec acc##_max(vec a, vec b) { return _mm256_max_##sfx(a, b); }                     \
+  WCE_INLINE vec acc##_where(const lane_##acc *y, lane_##acc c, vec a, vec b) {                 \
+    __m256i lanes = _mm256_loadu_si256((const __m256i *)(const void *)y);                       \
+    __m256i equal = _mm256_cmpeq_##cmp_sfx(lanes, _mm256_set1_##set_sfx(c));                    \
+    return _mm256_blendv_##sfx(b, a, _mm256_castsi256_##sfx(equal));                            \
+  }                                                                                             \
   WCE_INLINE vec acc##_mulz(vec a, vec b) {                                                     \
     return _mm256_and_##sfx(_mm256_cmp_##sfx(a, _mm256_setzero_##sfx(), _CMP_NEQ_UQ),           \
                             _mm256_mul_##sfx(a, b));                                            \
@@ -46,8 +53,8 @@ WCE_INLINE __m256i wce_first_lanes_f64(int n) {
     _mm256_storeu_##sfx(p + LANES_##acc, b);                                                    \
   }
 
-WCE_AVX2_WORDS(f32, v_f32, float, ps)
-WCE_AVX2_WORDS(f64, v_f64, double, pd)
+WCE_AVX2_WORDS(f32, v_f32, float, ps, epi32, epi32)
+WCE_AVX2_WORDS(f64, v_f64, double, pd, epi64, epi64x)
 #undef WCE_AVX2_WORDS
 
 /* Piece by piece: a masked store costs 18 or more micro-operations on AMD.                         */
@@ -116,6 +123,33 @@ WCE_INLINE double f64_first(v_f64 v) { return _mm256_cvtsd_f64(v); }
 WCE_AVX2_ACROSS(add, add)
 WCE_AVX2_ACROSS(max, max)
 #undef WCE_AVX2_ACROSS
+
+/* ---- pairs -------------------------------------------------------------------------------------- */
+
+/* 0xd8: the two quarters in the middle change places. */
+WCE_INLINE __m256 wce_swap_middle(__m256 v) {
+  return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(v), 0xd8));
+}
+WCE_INLINE void f32_split(v_f32 two[2]) {
+  __m256 first = _mm256_shuffle_ps(two[0], two[1], 0x88);
+  two[1] = wce_swap_middle(_mm256_shuffle_ps(two[0], two[1], 0xdd));
+  two[0] = wce_swap_middle(first);
+}
+WCE_INLINE void f32_zip(v_f32 two[2]) {
+  __m256 low = _mm256_unpacklo_ps(two[0], two[1]), high = _mm256_unpackhi_ps(two[0], two[1]);
+  two[0] = _mm256_permute2f128_ps(low, high, 0x20);
+  two[1] = _mm256_permute2f128_ps(low, high, 0x31);
+}
+WCE_INLINE void f64_split(v_f64 two[2]) {
+  __m256d first = _mm256_unpacklo_pd(two[0], two[1]);
+  two[1] = _mm256_permute4x64_pd(_mm256_unpackhi_pd(two[0], two[1]), 0xd8);
+  two[0] = _mm256_permute4x64_pd(first, 0xd8);
+}
+WCE_INLINE void f64_zip(v_f64 two[2]) {
+  __m256d low = _mm256_unpacklo_pd(two[0], two[1]), high = _mm256_unpackhi_pd(two[0], two[1]);
+  two[0] = _mm256_permute2f128_pd(low, high, 0x20);
+  two[1] = _mm256_permute2f128_pd(low, high, 0x31);
+}
 
 /* ---- quads: four classes of LANES rows --------------------------------------------------------- */
 

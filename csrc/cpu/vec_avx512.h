@@ -12,6 +12,8 @@
 
 typedef __m512 v_f32;
 typedef __m512d v_f64;
+typedef int32_t lane_f32;
+typedef int64_t lane_f64;
 enum { LANES_f32 = 16, LANES_f64 = 8 };
 
 /* The first n lanes; all of them when n is larger. */
@@ -19,13 +21,18 @@ WCE_INLINE uint32_t wce_first_lanes(int n, int lanes) {
   return n >= lanes ? (1u << lanes) - 1u : (1u << n) - 1u;
 }
 
-#define WCE_AVX512_WORDS(acc, vec, type, sfx)                                                   \
+#define WCE_AVX512_WORDS(acc, vec, type, sfx, int_sfx)                                              \
   WCE_INLINE vec acc##_set1(type a) { return _mm512_set1_##sfx(a); }                            \
   WCE_INLINE vec acc##_add(vec a, vec b) { return _mm512_add_##sfx(a, b); }                     \
   WCE_INLINE vec acc##_sub(vec a, vec b) { return _mm512_sub_##sfx(a, b); }                     \
   WCE_INLINE vec acc##_mul(vec a, vec b) { return _mm512_mul_##sfx(a, b); }                     \
   WCE_INLINE vec acc##_fma(vec a, vec b, vec c) { return _mm512_fmadd_##sfx(a, b, c); }         \
   WCE_INLINE vec acc##_max(vec a, vec b) { return _mm512_max_##sfx(a, b); }                     \
+  WCE_INLINE vec acc##_where(const lane_##acc *y, lane_##acc c, vec a, vec b) {                 \
+    __m512i lanes = _mm512_loadu_si512(y);                                                      \
+    return _mm512_mask_mov_##sfx(                                                               \
+        b, _mm512_cmpeq_##int_sfx##_mask(lanes, _mm512_set1_##int_sfx(c)), a);                  \
+  }                                                                                             \
   WCE_INLINE vec acc##_mulz(vec a, vec b) {                                                     \
     return _mm512_maskz_mul_##sfx(                                                              \
         _mm512_cmp_##sfx##_mask(a, _mm512_setzero_##sfx(), _CMP_NEQ_UQ), a, b);                 \
@@ -50,12 +57,39 @@ WCE_INLINE uint32_t wce_first_lanes(int n, int lanes) {
 
 typedef __mmask16 f32_mask;
 typedef __mmask8 f64_mask;
-WCE_AVX512_WORDS(f32, v_f32, float, ps)
-WCE_AVX512_WORDS(f64, v_f64, double, pd)
+WCE_AVX512_WORDS(f32, v_f32, float, ps, epi32)
+WCE_AVX512_WORDS(f64, v_f64, double, pd, epi64)
 #undef WCE_AVX512_WORDS
 
 WCE_INLINE float f32_first(v_f32 v) { return _mm512_cvtss_f32(v); }
 WCE_INLINE double f64_first(v_f64 v) { return _mm512_cvtsd_f64(v); }
+
+/* ---- pairs -------------------------------------------------------------------------------------- */
+
+WCE_INLINE void f32_split(v_f32 two[2]) {
+  __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  __m512 first = _mm512_permutex2var_ps(two[0], even, two[1]);
+  two[1] = _mm512_permutex2var_ps(two[0], _mm512_add_epi32(even, _mm512_set1_epi32(1)), two[1]);
+  two[0] = first;
+}
+WCE_INLINE void f32_zip(v_f32 two[2]) {
+  __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  __m512 first = _mm512_permutex2var_ps(two[0], low, two[1]);
+  two[1] = _mm512_permutex2var_ps(two[0], _mm512_add_epi32(low, _mm512_set1_epi32(8)), two[1]);
+  two[0] = first;
+}
+WCE_INLINE void f64_split(v_f64 two[2]) {
+  __m512i even = _mm512_setr_epi64(0, 2, 4, 6, 8, 10, 12, 14);
+  __m512d first = _mm512_permutex2var_pd(two[0], even, two[1]);
+  two[1] = _mm512_permutex2var_pd(two[0], _mm512_add_epi64(even, _mm512_set1_epi64(1)), two[1]);
+  two[0] = first;
+}
+WCE_INLINE void f64_zip(v_f64 two[2]) {
+  __m512i low = _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11);
+  __m512d first = _mm512_permutex2var_pd(two[0], low, two[1]);
+  two[1] = _mm512_permutex2var_pd(two[0], _mm512_add_epi64(low, _mm512_set1_epi64(4)), two[1]);
+  two[0] = first;
+}
 
 /* ---- quads: four classes of LANES rows --------------------------------------------------------- */
 

@@ -1,13 +1,17 @@
 /* vec_scalar.h -- the vector vocabulary with one lane: the reference that the others must equal.
  *
- * For each acc (f32, f64): type v_<acc>, number of lanes LANES_<acc>, and the words
+ * For each acc (f32, f64): type v_<acc>, number of lanes LANES_<acc>, an integer as wide as a lane
+ * lane_<acc>, and the words
  *
  *   set1 add sub mul fma        fma(a, b, c) = a*b + c
  *   max(a, b)                   b where either is nan: max(x, acc) leaves nan out of acc
+ *   where(y, c, a, b)           a where the lane's integer of y is c, else b; y: array of lane_<acc>
  *   mulz(a, b)                  0 where a is 0, else a*b (also where b is infinite)
  *   fraction(t)                 t - floor(t); 0 for -inf
  *   scale(p, t)                 p * 2^floor(t); 0 for t = -inf or p*2^floor(t) far below the range
  *   first hadd hmax             lane 0, sum of lanes (fixed order), maximum of lanes
+ *   split(two)  zip(two)        LANES pairs, one behind the other, to their first and their second
+ *                               members, and back
  *   load_<elem>(p)  load_n_<elem>(p, n, fill)  store_<elem>(p, v)  store_n_<elem>(p, v, n)
  *   store_pair_<elem>(p, a, b)           store a, then b behind it
  *   load_two_<elem>(p, two)  store_two_<elem>(p, two)   2*LANES elements, each in some lane: the order is
@@ -29,6 +33,8 @@
 
 typedef float v_f32;
 typedef double v_f64;
+typedef int32_t lane_f32;
+typedef int64_t lane_f64;
 enum { LANES_f32 = 1, LANES_f64 = 1 };
 
 #define WCE_SCALAR_WORDS(acc, type, floor_fn, ldexp_fn)                                        \
@@ -38,11 +44,16 @@ enum { LANES_f32 = 1, LANES_f64 = 1 };
   WCE_INLINE type acc##_mul(type a, type b) { return a * b; }                                  \
   WCE_INLINE type acc##_fma(type a, type b, type c) { return a * b + c; }                      \
   WCE_INLINE type acc##_max(type a, type b) { return a > b ? a : b; }                          \
+  WCE_INLINE type acc##_where(const lane_##acc *y, lane_##acc c, type a, type b) {             \
+    return *y == c ? a : b;                                                                    \
+  }                                                                                            \
   WCE_INLINE type acc##_mulz(type a, type b) { return a == 0 ? 0 : a * b; }                    \
   WCE_INLINE type acc##_fraction(type t) { return t == -INFINITY ? 0 : t - floor_fn(t); }      \
   WCE_INLINE type acc##_scale(type p, type t) {                                                \
     return t < -2000 ? 0 : t != t ? t : ldexp_fn(p, (int)floor_fn(t > 2000 ? 2000 : t));       \
   }                                                                                            \
+  WCE_INLINE void acc##_split(type two[2]) { (void)two; }                                      \
+  WCE_INLINE void acc##_zip(type two[2]) { (void)two; }                                        \
   WCE_INLINE type acc##_first(type v) { return v; }                                            \
   WCE_INLINE type acc##_hadd(type v) { return v; }                                             \
   WCE_INLINE type acc##_hmax(type v) { return v; }
