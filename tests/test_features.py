@@ -594,6 +594,25 @@ def test_second_order_of_the_stats():
     torch.testing.assert_close(hessian, torch.autograd.functional.hessian(value, x.detach()))
 
 
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
+def test_stats_of_a_usual_call_take_a_short_way(reduction, dtype, autocast):
+    """It gives what the long way gives, which numpy numbers take."""
+    x, y, options = Case((40, 7), weight="positive", ignore="default").build(dtype)
+    weight = options["weight"]
+    outputs, grads = [], []
+    with torch.autocast("cpu", enabled=autocast):
+        for ignored in (-100, np.int64(-100)):
+            leaf = x.clone().requires_grad_()
+            outputs.append(with_stats(leaf, y, weight, ignore_index=ignored, reduction=reduction))
+            grads.append(torch.autograd.grad(outputs[-1].loss.sum(), leaf)[0])
+    assert same_bits(*grads)
+    assert torch.equal(outputs[0].correct, outputs[1].correct)
+    for name in ("loss", "lse", "log_prob", "entropy"):
+        assert same_bits(*(getattr(stats, name) for stats in outputs)), name
+
+
 def test_stats_errors():
     x = torch.randn(4, 5)
     with pytest.raises(IndexError, match=r"Target 7 is out of bounds\."):
