@@ -598,6 +598,42 @@ def test_a_row_does_not_depend_on_its_neighbours(isa, dtype, classes):
             assert torch.equal(one[0], other[row])
 
 
+def moving_maxima(classes):
+    """Rows of many blocks whose maximum moves late, by less and by more than 1, or stays."""
+    base = torch.linspace(-2, 2, classes).sin()
+    bumps = {"none": (), "half": ((-3, 0.5),), "one": ((-3, 1.0),), "far": ((classes // 2, 30.0),),
+             "small steps": [(c, 0.3 * i) for i, c in enumerate(range(0, classes, 500))],
+             "large steps": [(c, 1.7 * i) for i, c in enumerate(range(0, classes, 500))],
+             "step and back": ((700, 0.9), (1500, 1.9), (2500, 0.5)),
+             "infinite": ((-5, INF),)}
+    x = base.repeat(len(bumps) + 3, 1)
+    for row, places in zip(x, bumps.values()):
+        for place, value in places:
+            row[place] = 1 + value
+    x[-3, :1100] = -INF
+    x[-2, 600:] = -INF
+    x[-1, 2000] = NAN
+    return x
+
+
+@every_isa
+@every_dtype
+@pytest.mark.parametrize("classes", [2600, 40_000])
+@pytest.mark.parametrize("with_prior", [False, True], ids=["", "prior"])
+def test_maximum_that_moves(isa, dtype, classes, with_prior):
+    """Blocks behind the first are summed up in one pass where the maximum hardly moves."""
+    x = moving_maxima(classes).to(DTYPES[dtype])
+    y = torch.arange(len(x)) * 7
+    log_prior = torch.linspace(-3, 0, classes) if with_prior else torch.zeros(classes)
+    log_prior = log_prior.to(torch.float64 if dtype == "f64" else torch.float32)
+    _, stats = torch.ops.wce.forward(x, y, log_prior=log_prior if with_prior else None)
+    logits = x.to(log_prior.dtype) + log_prior
+    top = logits.nan_to_num(-INF, INF, -INF).amax(1)
+    log_sum = (logits.double() - top.double()[:, None]).logsumexp(1)
+    assert torch.equal(stats[1:1 + len(x)], top)
+    assert_near(stats[1 + len(x):], log_sum, 1, long_steps(classes))
+
+
 # ---- statistics and control ----------------------------------------------------------------------
 
 
