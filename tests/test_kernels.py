@@ -634,6 +634,43 @@ def test_maximum_that_moves(isa, dtype, classes, with_prior):
     assert_near(stats[1 + len(x):], log_sum, 1, long_steps(classes))
 
 
+@every_isa
+@every_regime
+@every_dtype
+@pytest.mark.parametrize("classes", [48, 100, 1100, 17000])
+def test_entropy_with_classes_far_below(isa, kind, dtype, classes, forced):
+    """The maximum moves up by nearly as much as there are numbers."""
+    x = torch.linspace(-1, 1, classes).repeat(3, 1)
+    x[0, :classes - 9] = torch.finfo(torch.float32 if dtype == "f64" else DTYPES[dtype]).min
+    x[1, :classes - 9] = -INF
+    x = x.to(DTYPES[dtype])
+    wide = x.double().log_softmax(1)
+    entropy = -(wide.exp() * wide.nan_to_num(0, 0, 0)).sum(1)
+    y = torch.full((3,), classes - 1)
+    for logits, target in ((x, y), (planes(x), y[None])):
+        got = wce_torch.cross_entropy_with_stats(logits, target).entropy
+        assert_near(got.reshape(-1), entropy, 1 + entropy, long_steps(classes))
+
+
+@every_isa
+@every_dtype
+@pytest.mark.parametrize("layout", ["rows", "planes"])
+def test_smoothing_at_the_ends_of_the_range(isa, dtype, layout):
+    """A share that rounds to 0, at a logit of -inf; weights whose sum is beyond float32."""
+    x = torch.randn(4, 1000).to(DTYPES[dtype])
+    y, weight = torch.tensor([1, 7, 20, 999]), torch.full((1000,), 1e36)
+
+    def loss(**options):
+        return ce(x, y, **options) if layout == "rows" else ce(planes(x), y[None], **options)
+
+    x[0, 5] = -INF
+    if dtype != "f64":
+        assert_near(loss(label_smoothing=1e-43), loss(), loss(), 2)
+    x[0, 5] = 0
+    want = loss(label_smoothing=0.1)
+    assert_near(loss(label_smoothing=0.1, weight=weight), want, want, 40)
+
+
 # ---- statistics and control ----------------------------------------------------------------------
 
 

@@ -71,16 +71,9 @@ def cross_entropy_with_stats(
           for soft targets;
         * ``entropy``: of the row's probabilities, in nats, from 0 to log C; not differentiable.
     """
-    if (
-        _are_usual(input, target, weight, ignore_index, reduction, label_smoothing, tau, empty)
-        and size_average is None
-        and reduce is None
-        and class_prior is None
-        and sample_weight is None
-        and mask is None
-        and normalizer is None
-        and skip_empty_targets is False
-    ):
+    options = (size_average, reduce, class_prior, sample_weight, mask, normalizer)
+    switches = (label_smoothing, tau, empty, skip_empty_targets)
+    if _are_usual(input, target, weight, ignore_index, options, switches):
         return _usual(input, target, weight, ignore_index, reduction)
     code = arguments.reduction_code(reduction, size_average, reduce)
     arguments.check_tensors(input=input, target=target, weight=weight)
@@ -119,50 +112,44 @@ def cross_entropy_with_stats(
     return CrossEntropyStats(loss, lse, log_prob, correct, entropy)
 
 
-_REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
-
-
-def _are_usual(input, target, weight, ignore_index, reduction, label_smoothing, tau, empty):
+def _are_usual(input, target, weight, ignore_index, options, switches):
     """Whether nothing here needs what Python does for a call: plain tensors, an index target, no
-    option. The operator checks the rest. Saves half of a small call, 18 us -> 9."""
+    option. The operator checks the rest. A small call takes 13 us instead of 38."""
     return (
         type(input) in PLAIN
         and type(target) in PLAIN
-        and target.dim() != input.dim()
         and (weight is None or (type(weight) in PLAIN and not weight.requires_grad))
+        and not has_torch_function_variadic(input, target)
+        and target.dim() != input.dim()
         and type(ignore_index) is int
         and -(2**63) <= ignore_index < 2**63
-        and type(reduction) is str
-        and reduction in _REDUCTIONS
-        and type(label_smoothing) is float
-        and label_smoothing == 0.0
-        and type(tau) is float
-        and tau == 1.0
-        and empty == "nan"
+        and all(option is None for option in options)
+        and tuple(map(type, switches)) == (float, float, str, bool)
+        and switches == (0.0, 1.0, "nan", False)
         and not is_compiling()
         and not torch._C._are_functorch_transforms_active()
-        and not has_torch_function_variadic(input, target)
     )
 
 
 def _usual(input, target, weight, ignore_index, reduction):
+    code = arguments.reduction_code(reduction)
     loss, _, lse, log_prob, entropy, correct = _C.rows(
         input,
         target,
-        None,
+        None,  # target_prob
         weight,
-        None,
-        None,
-        1.0,
-        0.0,
-        0.0,
+        None,  # log_prior
+        None,  # mask
+        1.0,  # spike
+        0.0,  # floor
+        0.0,  # soft
         ignore_index,
-        False,
-        True,
-        None,
-        None,
-        _REDUCTIONS[reduction],
-        False,
+        False,  # skip_empty
+        True,  # entropy
+        None,  # sample_weight
+        None,  # normalizer
+        code,
+        False,  # empty_zero
     )
     if loss.dtype != input.dtype:
         loss = loss.to(_result_type(input, target, weight, False))

@@ -1,4 +1,4 @@
-/* vec_exp.h -- e^d for d <= 0, written once from the vocabulary.
+/* vec_exp.h -- e^d for d <= 1, written once from the vocabulary. Larger d give some number or inf.
  *
  *   e^d = 2^floor(t) * 2^(t - floor(t)),  t = d*log2(e)
  *
@@ -12,12 +12,10 @@
 /* n vectors at a time, step by step, so that n independent chains lie close together: 7.8 -> 6.5
  * cycles a vector with n = 4 (AVX2, Zen 3).
  *
- * In two halves, as the first keeps the adders of a processor busy and the second its multipliers: a loop
- * that begins its next vectors before it ends the present ones uses both at once. Sum of e^d from L1,
- * AVX-512, Zen 4: 8.0 -> 6.2 cycles a vector. It takes 8 registers for each 4 vectors more than AVX2 has,
- * so EXP_AHEAD says whether loops should.                                                         */
-#define EXP_AHEAD (LANES_f32 == 16)
-
+ * In two halves, as the first keeps the adders of a processor busy and the second its multipliers: a
+ * loop that begins its next vectors before it ends the present ones uses both at once. Sum of e^d
+ * from L1, AVX-512, Zen 4: 8.0 -> 6.2 cycles a vector. EXP_AHEAD (vec_*.h) says whether loops should:
+ * whether there are registers for four more vectors and their fractions.                          */
 #define WCE_DEFINE_EXP(acc, vec, type, log2e, ...)                                              \
   static const type acc##_exp_coefs[] = {__VA_ARGS__};                                          \
   WCE_INLINE void acc##_exp_begin(vec *d, vec *f, const int n) {                                \

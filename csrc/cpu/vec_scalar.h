@@ -19,6 +19,8 @@
  *   load_quad_<elem>(p, step, quad)      quad[c] lane j = p[j*step + c], c = 0..3: four classes of LANES rows
  *   store_quad_<elem>(p, step, quad)     the reverse, rows in ascending order
  *
+ * EXP_AHEAD: 1 where there are 32 registers, see vec_exp.h.
+ *
  * and for all types: stream_line(to, from), 64 bytes past the caches, to aligned; stream_fence().
  */
 #ifndef WCE_VEC_H
@@ -35,7 +37,7 @@ typedef float v_f32;
 typedef double v_f64;
 typedef int32_t lane_f32;
 typedef int64_t lane_f64;
-enum { LANES_f32 = 1, LANES_f64 = 1 };
+enum { LANES_f32 = 1, LANES_f64 = 1, EXP_AHEAD = 0 };
 
 #define WCE_SCALAR_WORDS(acc, type, floor_fn, ldexp_fn)                                        \
   WCE_INLINE type acc##_set1(type a) { return a; }                                             \
