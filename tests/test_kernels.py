@@ -653,6 +653,20 @@ def test_entropy_with_classes_far_below(isa, kind, dtype, classes, forced):
 
 
 @every_isa
+@every_regime
+@every_dtype
+@pytest.mark.parametrize("with_prior", [False, True], ids=["", "prior"])
+def test_smoothing_looks_at_each_class_and_its_weight(isa, kind, dtype, with_prior, forced):
+    """No other class may take its place: every second one weighs nothing."""
+    odd = torch.arange(2000) % 2 == 1
+    x = torch.where(odd, -3.0, 3.0).repeat(40, 1).to(DTYPES[dtype])
+    options = {"weight": (~odd).float(), "label_smoothing": 0.5, "reduction": "none"}
+    if with_prior:
+        options["class_prior"] = torch.linspace(1, 2, 2000)
+    check(ce, x, torch.arange(40) * 3, options)
+
+
+@every_isa
 @every_dtype
 @pytest.mark.parametrize("layout", ["rows", "planes"])
 def test_smoothing_at_the_ends_of_the_range(isa, dtype, layout):
