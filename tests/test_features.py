@@ -30,6 +30,7 @@ from reference import (
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import wce_torch
+from wce_torch.arguments import LogPrior
 
 ce = wce_torch.cross_entropy
 with_stats = wce_torch.cross_entropy_with_stats
@@ -103,6 +104,27 @@ def test_prior_is_read_from_any_memory(view, classes):
     q = PRIOR_VIEWS[view](torch.rand(classes) + 0.5)
     want = reference(x, y, class_prior=q.detach().double()).loss
     torch.testing.assert_close(ce(x, y, class_prior=q), want, **CLOSE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("options", [("prior",), ("sample_weight",), ("mask",),
+                                     ("prior", "sample_weight", "mask")], ids="-".join)
+@pytest.mark.parametrize("kept", [False, True], ids=["", "module"])
+def test_options_of_a_usual_call_take_a_short_way(options, reduction, dtype, kept):
+    """It gives what the long way gives, which a tau that is no float takes."""
+    x, y, keywords = Case((40, 7), **dict.fromkeys(options, True), weight="positive").build(dtype)
+    if kept and "class_prior" in keywords:
+        q = keywords["class_prior"].double()
+        keywords["class_prior"] = LogPrior((q / q.sum()).log())
+    results = []
+    for tau in (3.0, 3):
+        leaf = x.clone().requires_grad_()
+        loss = ce(leaf, y, **{**keywords, "tau": tau, "reduction": reduction})
+        results.append((loss, *torch.autograd.grad(loss.sum(), leaf)))
+    for short, long in zip(*results, strict=True):
+        torch.testing.assert_close(short, long, rtol=1e-6 if dtype != torch.bfloat16 else 2**-7,
+                                   atol=1e-7 if dtype != torch.bfloat16 else 1e-4)
 
 
 def test_uniform_prior_and_tau_zero_change_nothing():
@@ -598,14 +620,14 @@ def test_second_order_of_the_stats():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
 def test_stats_of_a_usual_call_take_a_short_way(reduction, dtype, autocast):
-    """It gives what the long way gives, which numpy numbers take."""
+    """It gives what the long way gives, which a tau that is no float takes."""
     x, y, options = Case((40, 7), weight="positive", ignore="default").build(dtype)
     weight = options["weight"]
     outputs, grads = [], []
     with torch.autocast("cpu", enabled=autocast):
-        for ignored in (-100, np.int64(-100)):
+        for tau in (1.0, 1):
             leaf = x.clone().requires_grad_()
-            outputs.append(with_stats(leaf, y, weight, ignore_index=ignored, reduction=reduction))
+            outputs.append(with_stats(leaf, y, weight, reduction=reduction, tau=tau))
             grads.append(torch.autograd.grad(outputs[-1].loss.sum(), leaf)[0])
     assert same_bits(*grads)
     assert torch.equal(outputs[0].correct, outputs[1].correct)

@@ -15,14 +15,37 @@ def cross_entropy(
 ) -> Tensor:
     """The loss; reduction is 0 none, 1 mean, 2 sum."""
 
+def cross_entropy_with_options(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: int,
+    ignore_index: int,
+    label_smoothing: float,
+    log_prior: Tensor | None,
+    sample_weight: Tensor | None,
+    mask: Tensor | None,
+    /,
+) -> Tensor:
+    """The same with what needs no more than to be handed on."""
+
+def cross_entropy_with_stats(
+    input: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int, /
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None:
+    """loss, lse, log_prob, correct and entropy for class numbers and no option; None where a call
+    asks for more."""
+
 def loss(*args: Any, **keywords: Any) -> Tensor:
     """torch.ops.wce.cross_entropy by a shorter way."""
 
 def rows(*args: Any, **keywords: Any) -> tuple[Tensor, ...]:
     """torch.ops.wce.rows_forward by a shorter way."""
 
-def log_prior(class_prior: Tensor) -> Tensor | None:
-    """log(q / sum q) in float64; None where q cannot be read at once, is of a rare type or bad."""
+def scaled_log_prior(
+    class_prior: Tensor, is_log: bool, tau: float, input: Tensor
+) -> Tensor | None:
+    """tau * log(q / sum q), or tau * q where is_log, as the kernels add it to these logits; None
+    where q cannot be read at once or is of a rare type, and where anything is wrong."""
 
 def route(
     input: Tensor,

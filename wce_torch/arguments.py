@@ -161,9 +161,6 @@ def log_prior(class_prior, device=None):
             q = torch.as_tensor(q, dtype=torch.float64, device=device)
         except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(f"class_prior: expected {_PRIOR}, got {describe(q)}") from error
-    quick = _C.log_prior(q) if is_readable(q) else None
-    if quick is not None:
-        return quick
     if q.dim() != 1 or q.is_complex() or q.dtype == torch.bool or q.numel() == 0:
         raise ValueError(f"class_prior: expected {_PRIOR}, got {describe(q)}")
     q = q.double() if q.device.type in ("cpu", "cuda") else q.float()
@@ -191,8 +188,21 @@ def _check_prior_values(q, total):
 _LARGE_TAU = 1e35  # below it tau * log q is finite: log q of a float64 q is above -750
 
 
+def quick_log_prior(class_prior, tau, input):
+    """As scaled_log_prior, in one step, of a constant in the memory of the CPU; None for other
+    priors, and where anything is wrong or asks for more."""
+    is_log = isinstance(class_prior, LogPrior)
+    q = class_prior.values if is_log else class_prior
+    if type(tau) is not float or not isinstance(q, torch.Tensor) or torch.compiler.is_compiling():
+        return None
+    return _C.scaled_log_prior(q, is_log, tau, input)
+
+
 def scaled_log_prior(class_prior, tau, input):
     """tau * log q in the type in which the kernels add it to the logits; None for tau = 0."""
+    quick = quick_log_prior(class_prior, tau, input)
+    if quick is not None:
+        return quick
     log_q = log_prior(class_prior, input.device)
     tau = check_tau(tau)
     if input.dim() and log_q.shape[0] != input.shape[0 if input.dim() == 1 else 1]:

@@ -71,10 +71,29 @@ def cross_entropy_with_stats(
           for soft targets;
         * ``entropy``: of the row's probabilities, in nats, from 0 to log C; not differentiable.
     """
-    options = (size_average, reduce, class_prior, sample_weight, mask, normalizer)
-    switches = (label_smoothing, tau, empty, skip_empty_targets)
-    if _are_usual(input, target, weight, ignore_index, options, switches):
-        return _usual(input, target, weight, ignore_index, reduction)
+    if (  # plain tensors and no option: a small call takes 8 us instead of 38
+        type(input) in PLAIN
+        and type(target) in PLAIN
+        and (weight is None or type(weight) in PLAIN)
+        and size_average is None
+        and reduce is None
+        and type(label_smoothing) is float
+        and label_smoothing == 0.0
+        and class_prior is None
+        and type(tau) is float
+        and tau == 1.0
+        and sample_weight is None
+        and mask is None
+        and skip_empty_targets is False
+        and normalizer is None
+        and empty == "nan"
+        and not is_compiling()
+        and not has_torch_function_variadic(input, target)
+    ):
+        code = 1 if reduction == "mean" else arguments.reduction_code(reduction)
+        values = _C.cross_entropy_with_stats(input, target, weight, code, ignore_index)
+        if values is not None:
+            return CrossEntropyStats._make(values)
     code = arguments.reduction_code(reduction, size_average, reduce)
     arguments.check_tensors(input=input, target=target, weight=weight)
     options = operator_options(
@@ -109,50 +128,6 @@ def cross_entropy_with_stats(
     loss = loss.to(_result_type(input, target, weight, soft))
     if soft:
         return CrossEntropyStats(loss, lse, None, None, entropy)
-    return CrossEntropyStats(loss, lse, log_prob, correct, entropy)
-
-
-def _are_usual(input, target, weight, ignore_index, options, switches):
-    """Whether nothing here needs what Python does for a call: plain tensors, an index target, no
-    option. The operator checks the rest. A small call takes 13 us instead of 38."""
-    return (
-        type(input) in PLAIN
-        and type(target) in PLAIN
-        and (weight is None or (type(weight) in PLAIN and not weight.requires_grad))
-        and not has_torch_function_variadic(input, target)
-        and target.dim() != input.dim()
-        and type(ignore_index) is int
-        and -(2**63) <= ignore_index < 2**63
-        and all(option is None for option in options)
-        and tuple(map(type, switches)) == (float, float, str, bool)
-        and switches == (0.0, 1.0, "nan", False)
-        and not is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-    )
-
-
-def _usual(input, target, weight, ignore_index, reduction):
-    code = arguments.reduction_code(reduction)
-    loss, _, lse, log_prob, entropy, correct = _C.rows(
-        input,
-        target,
-        None,  # target_prob
-        weight,
-        None,  # log_prior
-        None,  # mask
-        1.0,  # spike
-        0.0,  # floor
-        0.0,  # soft
-        ignore_index,
-        False,  # skip_empty
-        True,  # entropy
-        None,  # sample_weight
-        None,  # normalizer
-        code,
-        False,  # empty_zero
-    )
-    if loss.dtype != input.dtype:
-        loss = loss.to(_result_type(input, target, weight, False))
     return CrossEntropyStats(loss, lse, log_prob, correct, entropy)
 
 

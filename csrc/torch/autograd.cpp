@@ -198,9 +198,61 @@ Tensor leave_to_native(WCE_LOSS_PARAMS(SymInt), const char *why) {
                                        label_smoothing);
 }
 
-// ---- the loss ----------------------------------------------------------------------------------
+// ---- what backward needs -----------------------------------------------------------------------
+
+// The numbers of a call that backward needs. Each entry of saved_data costs 0.1 us, so that only what
+// differs from these defaults is kept.
+struct Numbers {
+  int64_t reduction = WCE_MEAN;
+  SymInt ignore_index = -100;
+  double label_smoothing = 0;
+  bool skip_empty = false;
+  double spike = 1, floor = 0, soft = 0; // of rows
+
+  void save(AutogradContext *ctx) const {
+    const Numbers usual;
+    auto &data = ctx->saved_data;
+    if (reduction != usual.reduction) data["reduction"] = reduction;
+    if (ignore_index.is_symbolic() || ignore_index != usual.ignore_index)
+      data["ignore_index"] = ignore_index;
+    if (label_smoothing != usual.label_smoothing) data["label_smoothing"] = label_smoothing;
+    if (skip_empty != usual.skip_empty) data["skip_empty"] = skip_empty;
+    if (spike != usual.spike) data["spike"] = spike;
+    if (floor != usual.floor) data["floor"] = floor;
+    if (soft != usual.soft) data["soft"] = soft;
+  }
+
+  static Numbers load(AutogradContext *ctx) {
+    Numbers numbers;
+    for (const auto &[name, value] : ctx->saved_data) {
+      if (name == "reduction") numbers.reduction = value.toInt();
+      if (name == "ignore_index") numbers.ignore_index = value.toSymInt();
+      if (name == "label_smoothing") numbers.label_smoothing = value.toDouble();
+      if (name == "skip_empty") numbers.skip_empty = value.toBool();
+      if (name == "spike") numbers.spike = value.toDouble();
+      if (name == "floor") numbers.floor = value.toDouble();
+      if (name == "soft") numbers.soft = value.toDouble();
+    }
+    return numbers;
+  }
+};
+
+// Tensors of a call that backward needs, some of them perhaps undefined; the last ones that are take
+// no place.
+void save_tensors(AutogradContext *ctx, variable_list tensors) {
+  while (!tensors.empty() && !tensors.back().defined()) tensors.pop_back();
+  ctx->save_for_backward(std::move(tensors));
+}
+
+Tensor or_undefined(const OptTensor &tensor) { return tensor ? *tensor : Tensor(); }
+
+OptTensor or_none(const variable_list &tensors, size_t i) {
+  return i < tensors.size() && tensors[i].defined() ? OptTensor(tensors[i]) : OptTensor();
+}
 
 } // namespace
+
+// ---- the loss ----------------------------------------------------------------------------------
 
 // The arguments of one call, by reference: apply() looks at each of its arguments, so it gets the
 // logits, which are the one differentiable tensor, and all the others as this.
@@ -225,7 +277,10 @@ public:
                      call.label_smoothing, call.log_prior, call.sample_weight, call.mask,
                      call.normalizer, call.empty_zero, call.skip_empty, call.out_fp32, call.target2,
                      call.mix);
-    save(ctx, input, call, stats);
+    save_tensors(ctx, {input, call.target, stats, or_undefined(call.weight),
+                       or_undefined(call.log_prior), or_undefined(call.sample_weight),
+                       or_undefined(call.mask), or_undefined(call.target2), or_undefined(call.mix)});
+    Numbers{call.reduction, call.ignore_index, call.label_smoothing, call.skip_empty}.save(ctx);
     return loss;
   }
 
@@ -233,56 +288,14 @@ public:
     variable_list result(2);
     if (!grads[0].defined()) return result;
     const variable_list saved = ctx->get_saved_variables();
-    const auto optional = [&](size_t i) {
-      return i < saved.size() && saved[i].defined() ? OptTensor(saved[i]) : OptTensor();
-    };
-    const Options options = load(ctx);
-    result[0] = wce::backward(grads[0], saved[0], saved[1], optional(3), saved[2],
-                              options.reduction, options.ignore_index, options.label_smoothing,
-                              optional(4), optional(5), optional(6), options.skip_empty,
-                              optional(7), optional(8));
+    const Numbers numbers = Numbers::load(ctx);
+    result[0] = wce::backward(grads[0], saved[0], saved[1], or_none(saved, 3), saved[2],
+                              numbers.reduction, numbers.ignore_index, numbers.label_smoothing,
+                              or_none(saved, 4), or_none(saved, 5), or_none(saved, 6),
+                              numbers.skip_empty, or_none(saved, 7), or_none(saved, 8));
     return result;
   }
 
-private:
-  struct Options {
-    int64_t reduction = WCE_MEAN;
-    SymInt ignore_index = -100;
-    double label_smoothing = 0;
-    bool skip_empty = false;
-  };
-
-  // Each entry of saved_data costs 0.1 us, so that only what differs from the defaults is kept.
-  static void save(AutogradContext *ctx, const Tensor &input, const LossCall &call,
-                   const Tensor &stats) {
-    const auto value = [](const OptTensor &tensor) { return tensor ? *tensor : Tensor(); };
-    if (call.log_prior || call.sample_weight || call.mask || call.target2)
-      ctx->save_for_backward({input, call.target, stats, value(call.weight), value(call.log_prior),
-                              value(call.sample_weight), value(call.mask), value(call.target2),
-                              value(call.mix)});
-    else if (call.weight)
-      ctx->save_for_backward({input, call.target, stats, *call.weight});
-    else
-      ctx->save_for_backward({input, call.target, stats});
-    const Options usual;
-    auto &data = ctx->saved_data;
-    if (call.reduction != usual.reduction) data["reduction"] = call.reduction;
-    if (call.ignore_index.is_symbolic() || call.ignore_index != usual.ignore_index)
-      data["ignore_index"] = call.ignore_index;
-    if (call.label_smoothing != 0) data["label_smoothing"] = call.label_smoothing;
-    if (call.skip_empty) data["skip_empty"] = true;
-  }
-
-  static Options load(AutogradContext *ctx) {
-    Options options;
-    for (const auto &[name, value] : ctx->saved_data) {
-      if (name == "reduction") options.reduction = value.toInt();
-      if (name == "ignore_index") options.ignore_index = value.toSymInt();
-      if (name == "label_smoothing") options.label_smoothing = value.toDouble();
-      if (name == "skip_empty") options.skip_empty = value.toBool();
-    }
-    return options;
-  }
 };
 
 namespace {
@@ -365,35 +378,26 @@ public:
         input, call.target, call.target_prob, call.weight, call.log_prior, call.mask, call.spike,
         call.floor, call.soft, call.ignore_index, call.skip_empty, call.wants_entropy,
         call.sample_weight, call.normalizer, call.reduction, call.empty_zero);
-    const auto value = [](const OptTensor &tensor) { return tensor ? *tensor : Tensor(); };
-    ctx->save_for_backward({input, value(call.target), value(call.target_prob), value(call.weight),
-                            value(call.log_prior), value(call.mask), call.stats,
-                            value(call.sample_weight)});
-    ctx->saved_data["reduction"] = call.reduction;
-    ctx->saved_data["spike"] = call.spike;
-    ctx->saved_data["floor"] = call.floor;
-    ctx->saved_data["soft"] = call.soft;
-    ctx->saved_data["ignore_index"] = call.ignore_index;
-    ctx->saved_data["skip_empty"] = call.skip_empty;
+    save_tensors(ctx, {input, call.stats, or_undefined(call.target), or_undefined(call.weight),
+                       or_undefined(call.target_prob), or_undefined(call.log_prior),
+                       or_undefined(call.mask), or_undefined(call.sample_weight)});
+    Numbers{call.reduction, call.ignore_index, 0, call.skip_empty, call.spike, call.floor, call.soft}
+        .save(ctx);
     ctx->set_materialize_grads(false);
     return {loss, lse, log_prob};
   }
 
   static variable_list backward(AutogradContext *ctx, const variable_list &grads) {
     const variable_list saved = ctx->get_saved_variables();
-    const auto optional = [](const Tensor &tensor) {
-      return tensor.defined() ? OptTensor(tensor) : OptTensor();
-    };
-    auto &data = ctx->saved_data;
+    const Numbers numbers = Numbers::load(ctx);
+    const OptTensor target = or_none(saved, 2);
     variable_list result(2);
     result[0] = wce::rows_backward(
-        optional(grads[0]), optional(grads[1]),
-        saved[1].defined() ? optional(grads[2]) : OptTensor(), // else of shape (0), as log_prob
-        saved[0], optional(saved[1]), optional(saved[2]), optional(saved[3]), optional(saved[4]),
-        optional(saved[5]), saved[6], data["spike"].toDouble(), data["floor"].toDouble(),
-        data["soft"].toDouble(), data["ignore_index"].toSymInt(), data["skip_empty"].toBool(),
-        optional(saved[7]),
-        data["reduction"].toInt());
+        or_none(grads, 0), or_none(grads, 1),
+        target ? or_none(grads, 2) : OptTensor(), // else of shape (0), as log_prob
+        saved[0], target, or_none(saved, 4), or_none(saved, 3), or_none(saved, 5), or_none(saved, 6),
+        saved[1], numbers.spike, numbers.floor, numbers.soft, numbers.ignore_index,
+        numbers.skip_empty, or_none(saved, 7), numbers.reduction);
     return result;
   }
 };

@@ -1,5 +1,6 @@
 // bindings.cpp -- the module wce_torch._C: the fast entry of eager mode, and control of the CPU
 // kernels.
+#include <ATen/autocast_mode.h>
 #include <ATen/core/Tensor.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/python_variable.h>
@@ -60,20 +61,58 @@ double to_label_smoothing(const py::handle &value) {
   return number;
 }
 
+// A transform of torch.func hides the values of targets from the operator.
+bool is_transformed() {
+  return c10::impl::tls_local_dispatch_key_set().included_.has(
+      c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
+}
+
+at::Tensor cross_entropy_with_options(const at::Tensor &input, const at::Tensor &target,
+                                      const OptTensor &weight, int64_t reduction,
+                                      const py::handle &ignore_index,
+                                      const py::handle &label_smoothing, const OptTensor &log_prior,
+                                      const OptTensor &sample_weight, const OptTensor &mask) {
+  c10::SymInt ignored = to_ignore_index(ignore_index);
+  const double smoothing = to_label_smoothing(label_smoothing);
+  const py::gil_scoped_release release;
+  if (is_transformed()) {
+    const LossArgs args{input,     target,        weight, reduction, smoothing, log_prior,
+                        sample_weight, mask,      no_tensor, false,  no_tensor, no_tensor};
+    check_for_composite(args, ignored);
+  }
+  return cross_entropy(input, target, weight, reduction, std::move(ignored), smoothing, log_prior,
+                       sample_weight, mask, no_tensor, false, false, false, no_tensor, no_tensor);
+}
+
 at::Tensor cross_entropy_entry(const at::Tensor &input, const at::Tensor &target,
                                const OptTensor &weight, int64_t reduction,
                                const py::handle &ignore_index, const py::handle &label_smoothing) {
+  return cross_entropy_with_options(input, target, weight, reduction, ignore_index, label_smoothing,
+                                    no_tensor, no_tensor, no_tensor);
+}
+
+using RowStats = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+// loss, lse, log_prob, correct and entropy for class numbers and no option; nothing for soft targets,
+// for a weight that wants a gradient, and under autocast, all of which ask for more.
+std::optional<RowStats> stats_entry(const at::Tensor &input, const OptTensor &target,
+                                    const OptTensor &weight, int64_t reduction,
+                                    const py::handle &ignore_index) {
+  if (target->dim() == input.dim() || (weight && weight->requires_grad())) return {};
+  const c10::DeviceType device = input.device().type();
+  if (at::autocast::is_autocast_available(device) && at::autocast::is_autocast_enabled(device))
+    return {};
   c10::SymInt ignored = to_ignore_index(ignore_index);
-  const double smoothing = to_label_smoothing(label_smoothing);
-  py::gil_scoped_release release;
-  if (c10::impl::tls_local_dispatch_key_set().included_.has(
-          c10::DispatchKey::FuncTorchDynamicLayerFrontMode)) {
-    const LossArgs args{input,     target,    weight,    reduction, smoothing, no_tensor,
-                        no_tensor, no_tensor, no_tensor, false,     no_tensor, no_tensor};
+  const py::gil_scoped_release release;
+  if (is_transformed()) {
+    const RowsArgs args{input,     target,    no_tensor, weight, no_tensor, no_tensor, no_tensor,
+                        no_tensor, reduction, 1.0,       0.0,    0.0,       false};
     check_for_composite(args, ignored);
   }
-  return cross_entropy(input, target, weight, reduction, std::move(ignored), smoothing, no_tensor,
-                       no_tensor, no_tensor, no_tensor, false, false, false, no_tensor, no_tensor);
+  auto [loss, stats, lse, log_prob, entropy, correct] =
+      rows_forward(input, target, no_tensor, weight, no_tensor, no_tensor, 1.0, 0.0, 0.0,
+                   std::move(ignored), false, true, no_tensor, no_tensor, reduction, false);
+  return RowStats{loss, lse, log_prob, correct, entropy};
 }
 
 // The operators with all of their arguments. A small call takes 6 us; through torch.ops, which goes by
@@ -183,13 +222,16 @@ template <class Fn> void def_rows(py::module_ &m, const char *name, Fn fn) {
 
 PYBIND11_MODULE(_C, m) {
   m.def("cross_entropy", wce::cross_entropy_entry);
+  m.def("cross_entropy_with_options", wce::cross_entropy_with_options);
+  m.def("cross_entropy_with_stats", wce::stats_entry);
   m.def("route", wce::route_entry, py::arg("input"), py::arg("target"), py::arg("weight"),
         py::arg("log_prior"), py::arg("sample_weight"), py::arg("normalizer"));
   wce::def_loss(m, "loss", wce::loss_entry);
   wce::def_loss(m, "check_loss", wce::check_loss_entry);
   wce::def_rows(m, "rows", wce::rows_entry);
   wce::def_rows(m, "check_rows", wce::check_rows_entry);
-  m.def("log_prior", wce::log_prior, py::arg("class_prior"));
+  m.def("scaled_log_prior", wce::scaled_log_prior, py::arg("class_prior"), py::arg("is_log"),
+        py::arg("tau"), py::arg("input"));
   m.def("cpu_isas", wce::cpu_isas);
   m.def("get_cpu_isa", wce::get_cpu_isa);
   m.def("set_cpu_isa", wce::set_cpu_isa, py::arg("name") = py::none());

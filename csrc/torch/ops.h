@@ -225,9 +225,10 @@ private:
 
 // ---- class_prior.cpp ---------------------------------------------------------------------------
 
-// log(q / sum q) in double; nothing where q is not a constant in the memory of the CPU, is of a rare
-// type or has bad values: arguments.py treats the first two and names the last.
-OptTensor log_prior(const at::Tensor &q);
+// tau * log(q / sum q), or tau * q where is_log, in the type of the arithmetic for these logits. Nothing
+// where the logits or q are not in the memory of the CPU, q is no constant or of a rare type, and where
+// anything is wrong: arguments.py treats the first and names the last.
+OptTensor scaled_log_prior(const at::Tensor &q, bool is_log, double tau, const at::Tensor &input);
 
 // ---- gradient_memory.cpp -----------------------------------------------------------------------
 
