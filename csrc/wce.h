@@ -53,12 +53,14 @@ typedef struct {
 
   const void *weight;        /* [classes] acc, or NULL                                             */
   const void *prior;         /* [classes] acc, added to the logits, or NULL                        */
+  const void *prior_two;     /* CPU: the same as wce_cpu_order_prior wrote it, or NULL             */
   const void *sample_weight; /* [rows] acc, or NULL                                                */
   const uint8_t *mask;       /* [rows], 0: the row does not count; or NULL                         */
 
   double spike, floor, soft;
   int64_t ignore_index; /* of target and target2                                                   */
   int32_t skip_empty;   /* a soft target of zeros alone does not count                             */
+  int32_t prior_lanes;  /* prior_two is for vectors of so many lanes                               */
 } wce_problem;
 
 /* Results per row; each pointer may be NULL. [rows], acc unless said otherwise.                   */
@@ -123,6 +125,10 @@ typedef struct { /* what is known of a row after some of its columns            
 } wce_piece;
 
 wce_plan wce_cpu_plan(const wce_problem *problem);
+
+/* Where that is quicker, writes the prior to room ([classes] acc) in the order in which kernels load
+ * logits, and sets prior_two and prior_lanes; room must outlive the calls below.                   */
+void wce_cpu_order_prior(wce_problem *problem, void *room);
 
 /* Task t of plan->tasks, safe to run at the same time as any other. sums: [tasks], pieces: [pieces]. */
 void wce_cpu_forward(const wce_plan *plan, const wce_problem *problem, const wce_row_outputs *out,

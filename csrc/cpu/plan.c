@@ -75,6 +75,10 @@ wce_plan wce_cpu_plan(const wce_problem *p) {
   return plan;
 }
 
+void wce_cpu_order_prior(wce_problem *p, void *room) {
+  wce_cpu_kernels(p->dtype)->order_prior(p, room);
+}
+
 typedef struct { int64_t row0, row1, c0, c1; } range;
 
 static range task_range(const wce_plan *plan, const wce_problem *p, int64_t task) {

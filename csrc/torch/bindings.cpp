@@ -112,6 +112,7 @@ std::optional<RowStats> stats_entry(const at::Tensor &input, const OptTensor &ta
   auto [loss, stats, lse, log_prob, entropy, correct] =
       rows_forward(input, target, no_tensor, weight, no_tensor, no_tensor, 1.0, 0.0, 0.0,
                    std::move(ignored), false, true, no_tensor, no_tensor, reduction, false);
+  if (loss.scalar_type() != input.scalar_type()) loss = loss.to(input.scalar_type());
   return RowStats{loss, lse, log_prob, correct, entropy};
 }
 

@@ -32,22 +32,37 @@ template <class Body> void for_each_task(const wce_plan &plan, const Body &body)
   });
 }
 
+// The problem with the prior also in the order in which the kernels load bfloat16.
+struct Ordered {
+  wce_problem c;
+  std::vector<float> prior;
+
+  explicit Ordered(const wce_problem &problem) : c(problem) {
+    if (c.prior == nullptr || c.dtype != WCE_BF16) return;
+    prior.resize(c.classes);
+    wce_cpu_order_prior(&c, prior.data());
+  }
+  Ordered(const Ordered &) = delete;
+};
+
 wce_sums run_forward(const Problem &problem, const wce_row_outputs &out) {
   if (problem.rows == 0) return {0, 0, 0, 0, 0, -1};
-  const wce_plan plan = wce_cpu_plan(&problem.c);
+  const Ordered ordered(problem.c);
+  const wce_plan plan = wce_cpu_plan(&ordered.c);
   c10::SmallVector<wce_sums, 8> sums(plan.tasks);
   std::vector<wce_piece> pieces(plan.pieces); // no allocation where a row is never split
   for_each_task(plan, [&](int64_t task) {
-    wce_cpu_forward(&plan, &problem.c, &out, task, sums.data(), pieces.data());
+    wce_cpu_forward(&plan, &ordered.c, &out, task, sums.data(), pieces.data());
   });
-  return wce_cpu_finish(&plan, &problem.c, &out, sums.data(), pieces.data());
+  return wce_cpu_finish(&plan, &ordered.c, &out, sums.data(), pieces.data());
 }
 
 void run_backward(const Problem &problem, const wce_row_grads &grads) {
-  const wce_plan plan = wce_cpu_plan(&problem.c);
+  const Ordered ordered(problem.c);
+  const wce_plan plan = wce_cpu_plan(&ordered.c);
   std::atomic<int64_t> bad_row{-1};
   for_each_task(plan, [&](int64_t task) {
-    const int64_t bad = wce_cpu_backward(&plan, &problem.c, &grads, task);
+    const int64_t bad = wce_cpu_backward(&plan, &ordered.c, &grads, task);
     if (bad >= 0) bad_row.store(bad, std::memory_order_relaxed);
   });
   const int64_t bad = bad_row.load();

@@ -535,6 +535,8 @@ static void run_case(uint64_t seed) {
     now.isa = wce_cpu_isa_name(i);
     if (wce_cpu_isa_select(now.isa)) wrong("choice of an instruction set", -1, -1, 0, 0, 0);
     random_state = state; /* the same outputs, upstream gradients and strides for each */
+    now.p.prior_two = NULL;
+    if (below(4)) wce_cpu_order_prior(&now.p, buffer(now.p.classes, dtype_size(acc_dtype(now.p.dtype))));
     wce_plan plan = wce_cpu_plan(&now.p);
     if (below(2)) plan.stream = 1; /* also small gradients go through the stage                 */
     wce_row_outputs out = random_outputs();
