@@ -126,8 +126,10 @@ typedef struct { /* what is known of a row after some of its columns            
 
 wce_plan wce_cpu_plan(const wce_problem *problem);
 
-/* Where that is quicker, writes the prior to room ([classes] acc) in the order in which kernels load
- * logits, and sets prior_two and prior_lanes; room must outlive the calls below.                   */
+/* Writes the prior to room ([classes] acc) in the order in which kernels load logits, and sets
+ * prior_two and prior_lanes, where that is quicker: where wce_cpu_orders_prior says so. room must
+ * outlive the calls below.                                                                         */
+int wce_cpu_orders_prior(const wce_problem *problem);
 void wce_cpu_order_prior(wce_problem *problem, void *room);
 
 /* Task t of plan->tasks, safe to run at the same time as any other. sums: [tasks], pieces: [pieces]. */

@@ -127,6 +127,27 @@ def test_options_of_a_usual_call_take_a_short_way(options, reduction, dtype, kep
                                    atol=1e-7 if dtype != torch.bfloat16 else 1e-4)
 
 
+@pytest.mark.parametrize("tau", [1.0, 1], ids=["short", "long"])
+@pytest.mark.parametrize("loss", [
+    lambda x, y, **k: ce(x, y, sample_weight=torch.ones(6), **k),
+    lambda x, y, **k: ce(x, y, class_prior=torch.ones(5), **k),
+    lambda x, y, **k: with_stats(x, y, **k).loss], ids=["sample_weight", "prior", "stats"])
+def test_bad_target_inside_a_transform(loss, tau):
+    """Also where the transform has wrapped the target."""
+    x, y = torch.randn(6, 5), torch.tensor([0, 1, 2, 3, 7, 0])
+    with pytest.raises(IndexError, match=r"Target 7 is out of bounds\. \(position \[4\]"):
+        torch.func.grad(lambda x, y: loss(x, y, tau=tau))(x, y)
+
+
+def test_prior_of_a_subclass_is_left_to_it():
+    class Tagged(torch.Tensor):
+        pass
+
+    x, y, q = torch.randn(4, 3), torch.tensor([0, 1, 2, 0]), torch.rand(3)
+    assert type(ce(x, y, class_prior=q.as_subclass(Tagged))) is Tagged
+    assert type(with_stats(x, y, class_prior=q.as_subclass(Tagged)).loss) is Tagged
+
+
 def test_uniform_prior_and_tau_zero_change_nothing():
     x, y = torch.randn(6, 4).double(), torch.randint(4, (6,))
     torch.testing.assert_close(ce(x, y, class_prior=torch.full((4,), 3.0)), ce(x, y), **CLOSE)

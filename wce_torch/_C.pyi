@@ -26,8 +26,8 @@ def cross_entropy_with_options(
     sample_weight: Tensor | None,
     mask: Tensor | None,
     /,
-) -> Tensor:
-    """The same with what needs no more than to be handed on."""
+) -> Tensor | None:
+    """The same with what needs no more than to be handed on; None inside of torch.func."""
 
 def cross_entropy_with_stats(
     input: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int, /

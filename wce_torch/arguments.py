@@ -15,6 +15,7 @@ import torch
 from . import _C
 
 EMPTY = ("nan", "zero")
+PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})  # types that override nothing
 _PRIOR = "counts or probabilities of shape [C], one per class"
 
 
@@ -124,7 +125,7 @@ def is_readable(tensor):
     return tensor.device.type == "cpu" and not (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
-        or type(tensor) not in (torch.Tensor, torch.nn.Parameter)
+        or type(tensor) not in PLAIN
         or torch._C._len_torch_dispatch_stack()
         or torch._ops._len_torch_dispatch_stack_pre_dispatch()
     )
@@ -193,7 +194,7 @@ def quick_log_prior(class_prior, tau, input):
     priors, and where anything is wrong or asks for more."""
     is_log = isinstance(class_prior, LogPrior)
     q = class_prior.values if is_log else class_prior
-    if type(tau) is not float or not isinstance(q, torch.Tensor) or torch.compiler.is_compiling():
+    if type(tau) is not float or type(q) not in PLAIN or torch.compiler.is_compiling():
         return None
     return _C.scaled_log_prior(q, is_log, tau, input)
 

@@ -75,6 +75,7 @@ def cross_entropy_with_stats(
         type(input) in PLAIN
         and type(target) in PLAIN
         and (weight is None or type(weight) in PLAIN)
+        and type(ignore_index) is int
         and size_average is None
         and reduce is None
         and type(label_smoothing) is float

@@ -14,7 +14,8 @@ enum {
                               * a reader of the gradient behind them                                */
   SPLIT_CLASSES = 1 << 15,   /* rows this long are cut when there are few of them                   */
   SPLIT_ROWS = 64,
-  SPLIT_COLUMNS = 1 << 14
+  SPLIT_COLUMNS = 1 << 14,
+  ORDER_ROWS = 32 /* see wce_cpu_orders_prior                                                      */
 };
 
 static int forced_regime = -1; /* tests only                                                       */
@@ -75,8 +76,16 @@ wce_plan wce_cpu_plan(const wce_problem *p) {
   return plan;
 }
 
+/* Where rows of bfloat16 are read and nothing but the prior asks for their order; not for a few rows,
+ * as ordering takes as long as it saves in 10 of them.                                            */
+int wce_cpu_orders_prior(const wce_problem *p) {
+  int64_t rows = p->outer * p->inner;
+  int useful = p->prior && p->dtype == WCE_BF16 && !p->prob.data && p->floor == 0;
+  return useful && choose(p, rows) != WCE_TILE && (rows >= ORDER_ROWS || forced_regime >= 0);
+}
+
 void wce_cpu_order_prior(wce_problem *p, void *room) {
-  wce_cpu_kernels(p->dtype)->order_prior(p, room);
+  if (wce_cpu_orders_prior(p)) wce_cpu_kernels(p->dtype)->order_prior(p, room);
 }
 
 typedef struct { int64_t row0, row1, c0, c1; } range;

@@ -305,6 +305,7 @@ WCE_INLINE void f32_load_two_bf16(const uint16_t *p, v_f32 two[2]) {
   two[0] = _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
   two[1] = _mm256_castsi256_ps(_mm256_and_si256(both, high));
 }
+WCE_INLINE void f32_order_two_bf16(v_f32 two[2]) { f32_split(two); }
 WCE_INLINE void f32_store_two_bf16(uint16_t *p, const v_f32 two[2]) {
   __m256i even = _mm256_srli_epi32(wce_round_bf16(two[0]), 16), odd = wce_round_bf16(two[1]);
   _mm256_storeu_si256((__m256i *)p, _mm256_blend_epi16(even, odd, 0xaa));

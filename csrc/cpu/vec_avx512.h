@@ -258,6 +258,7 @@ WCE_INLINE void f32_load_two_bf16(const uint16_t *p, v_f32 two[2]) {
   two[0] = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
   two[1] = _mm512_castsi512_ps(_mm512_and_si512(both, high));
 }
+WCE_INLINE void f32_order_two_bf16(v_f32 two[2]) { f32_split(two); }
 WCE_INLINE void f32_store_two_bf16(uint16_t *p, const v_f32 two[2]) {
   __m512i rounded[2], high = _mm512_set1_epi32((int)0xffff0000);
   wce_round_two_bf16(two[0], two[1], rounded);

@@ -16,6 +16,7 @@
  *   store_pair_<elem>(p, a, b)           store a, then b behind it
  *   load_two_<elem>(p, two)  store_two_<elem>(p, two)   2*LANES elements, each in some lane: the order is
  *                                        the type's own, the same for both (in widen.h unless quicker)
+ *   order_two_<elem>(two)               vectors in order, to the order of load_two
  *   load_quad_<elem>(p, step, quad)      quad[c] lane j = p[j*step + c], c = 0..3: four classes of LANES rows
  *   store_quad_<elem>(p, step, quad)     the reverse, rows in ascending order
  *

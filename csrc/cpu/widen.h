@@ -8,7 +8,8 @@
   }                                                                                             \
   WCE_INLINE void acc##_store_two_##elem(elem_t *p, const v_##acc two[2]) {                     \
     acc##_store_pair_##elem(p, two[0], two[1]);                                                 \
-  }
+  }                                                                                             \
+  WCE_INLINE void acc##_order_two_##elem(v_##acc two[2]) { (void)two; }
 WCE_DEFINE_TWO(f32, f32, float)
 WCE_DEFINE_TWO(f64, f64, double)
 WCE_DEFINE_TWO(f32, f16, uint16_t)

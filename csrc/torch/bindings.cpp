@@ -61,56 +61,59 @@ double to_label_smoothing(const py::handle &value) {
   return number;
 }
 
-// A transform of torch.func hides the values of targets from the operator.
+// While a transform of torch.func is active. It hides the values of tensors that it follows, so that
+// only the longer way through Python, which unwraps them, can check targets.
 bool is_transformed() {
   return c10::impl::tls_local_dispatch_key_set().included_.has(
       c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
 }
 
-at::Tensor cross_entropy_with_options(const at::Tensor &input, const at::Tensor &target,
-                                      const OptTensor &weight, int64_t reduction,
-                                      const py::handle &ignore_index,
-                                      const py::handle &label_smoothing, const OptTensor &log_prior,
-                                      const OptTensor &sample_weight, const OptTensor &mask) {
+at::Tensor cross_entropy_entry(const at::Tensor &input, const at::Tensor &target,
+                               const OptTensor &weight, int64_t reduction,
+                               const py::handle &ignore_index, const py::handle &label_smoothing) {
   c10::SymInt ignored = to_ignore_index(ignore_index);
   const double smoothing = to_label_smoothing(label_smoothing);
   const py::gil_scoped_release release;
   if (is_transformed()) {
-    const LossArgs args{input,     target,        weight, reduction, smoothing, log_prior,
-                        sample_weight, mask,      no_tensor, false,  no_tensor, no_tensor};
+    const LossArgs args{input,     target,    weight,    reduction, smoothing, no_tensor,
+                        no_tensor, no_tensor, no_tensor, false,     no_tensor, no_tensor};
     check_for_composite(args, ignored);
   }
-  return cross_entropy(input, target, weight, reduction, std::move(ignored), smoothing, log_prior,
-                       sample_weight, mask, no_tensor, false, false, false, no_tensor, no_tensor);
+  return cross_entropy(input, target, weight, reduction, std::move(ignored), smoothing, no_tensor,
+                       no_tensor, no_tensor, no_tensor, false, false, false, no_tensor, no_tensor);
 }
 
-at::Tensor cross_entropy_entry(const at::Tensor &input, const at::Tensor &target,
-                               const OptTensor &weight, int64_t reduction,
-                               const py::handle &ignore_index, const py::handle &label_smoothing) {
-  return cross_entropy_with_options(input, target, weight, reduction, ignore_index, label_smoothing,
-                                    no_tensor, no_tensor, no_tensor);
+// The same with what needs no more than to be handed on; nothing inside of transforms.
+OptTensor cross_entropy_with_options(const at::Tensor &input, const at::Tensor &target,
+                                     const OptTensor &weight, int64_t reduction,
+                                     const py::handle &ignore_index,
+                                     const py::handle &label_smoothing, const OptTensor &log_prior,
+                                     const OptTensor &sample_weight, const OptTensor &mask) {
+  if (is_transformed()) return {};
+  c10::SymInt ignored = to_ignore_index(ignore_index);
+  const double smoothing = to_label_smoothing(label_smoothing);
+  const py::gil_scoped_release release;
+  return cross_entropy(input, target, weight, reduction, std::move(ignored), smoothing, log_prior,
+                       sample_weight, mask, no_tensor, false, false, false, no_tensor, no_tensor);
 }
 
 using RowStats = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 // loss, lse, log_prob, correct and entropy for class numbers and no option; nothing for soft targets,
-// for a weight that wants a gradient, and under autocast, all of which ask for more.
-std::optional<RowStats> stats_entry(const at::Tensor &input, const OptTensor &target,
+// for a weight that wants a gradient, under autocast and inside of transforms, all of which ask for
+// more.
+std::optional<RowStats> stats_entry(const at::Tensor &input, const at::Tensor &target,
                                     const OptTensor &weight, int64_t reduction,
                                     const py::handle &ignore_index) {
-  if (target->dim() == input.dim() || (weight && weight->requires_grad())) return {};
   const c10::DeviceType device = input.device().type();
-  if (at::autocast::is_autocast_available(device) && at::autocast::is_autocast_enabled(device))
+  if (target.dim() == input.dim() || (weight && weight->requires_grad()) || is_transformed() ||
+      (at::autocast::is_autocast_available(device) && at::autocast::is_autocast_enabled(device)))
     return {};
   c10::SymInt ignored = to_ignore_index(ignore_index);
+  const OptTensor index = target;
   const py::gil_scoped_release release;
-  if (is_transformed()) {
-    const RowsArgs args{input,     target,    no_tensor, weight, no_tensor, no_tensor, no_tensor,
-                        no_tensor, reduction, 1.0,       0.0,    0.0,       false};
-    check_for_composite(args, ignored);
-  }
   auto [loss, stats, lse, log_prob, entropy, correct] =
-      rows_forward(input, target, no_tensor, weight, no_tensor, no_tensor, 1.0, 0.0, 0.0,
+      rows_forward(input, index, no_tensor, weight, no_tensor, no_tensor, 1.0, 0.0, 0.0,
                    std::move(ignored), false, true, no_tensor, no_tensor, reduction, false);
   if (loss.scalar_type() != input.scalar_type()) loss = loss.to(input.scalar_type());
   return RowStats{loss, lse, log_prob, correct, entropy};

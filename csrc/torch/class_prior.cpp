@@ -11,7 +11,6 @@
 #include <torch/csrc/autograd/functions/utils.h>
 
 #include <cmath>
-#include <vector>
 
 #include "autograd.h"
 
@@ -21,32 +20,38 @@ namespace {
 constexpr int64_t logs_per_chunk = 4096; // 20 us
 constexpr double largest_tau = 1e35;     // below it tau * log q is finite in float32
 
-template <class T> void read_values(const at::Tensor &q, double *values) {
-  const T *from = q.const_data_ptr<T>();
+// tau * log(value / sum), or tau * value where is_log; false where a value can be no share of anything.
+template <class From, class To>
+bool scale(const at::Tensor &q, bool is_log, double tau, const at::Tensor &result) {
+  const From *from = q.const_data_ptr<From>();
+  To *const to = result.mutable_data_ptr<To>();
   const int64_t n = q.numel(), stride = q.stride(0);
-  for (int64_t c = 0; c < n; c++) values[c] = static_cast<double>(from[c * stride]);
-}
-
-bool read_any(const at::Tensor &q, double *values) {
-  switch (q.scalar_type()) {
-  case at::kFloat: read_values<float>(q, values); return true;
-  case at::kDouble: read_values<double>(q, values); return true;
-  case at::kLong: read_values<int64_t>(q, values); return true;
-  default: return false;
+  if (is_log) {
+    for (int64_t c = 0; c < n; c++) to[c] = static_cast<To>(tau * from[c * stride]);
+    return true;
   }
-}
-
-// Replaces values by log(value / sum); false where one of them cannot be a share of anything.
-bool take_logs(std::vector<double> &values) {
   bool good = true;
   double sum = 0;
-  for (const double value : values) good &= value >= 0, sum += value; // false for nan
+  for (int64_t c = 0; c < n; c++) {
+    good &= from[c * stride] >= 0; // false for nan
+    sum += static_cast<double>(from[c * stride]);
+  }
   if (!good || !(sum > 0 && sum < INFINITY)) return false;
-  at::parallel_for(0, static_cast<int64_t>(values.size()), logs_per_chunk,
-                   [&](int64_t begin, int64_t end) {
-                     for (int64_t c = begin; c < end; c++) values[c] = std::log(values[c] / sum);
-                   });
+  at::parallel_for(0, n, logs_per_chunk, [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; c++) // 0 becomes -inf
+      to[c] = static_cast<To>(tau * std::log(static_cast<double>(from[c * stride]) / sum));
+  });
   return true;
+}
+
+template <class To>
+bool scale_any(const at::Tensor &q, bool is_log, double tau, const at::Tensor &result) {
+  switch (q.scalar_type()) {
+  case at::kFloat: return scale<float, To>(q, is_log, tau, result);
+  case at::kDouble: return scale<double, To>(q, is_log, tau, result);
+  case at::kLong: return scale<int64_t, To>(q, is_log, tau, result);
+  default: return false;
+  }
 }
 
 // Whether the values stand in memory as they are, and neither a derivative, a transform nor a trace
@@ -63,24 +68,18 @@ bool is_plain_memory(const at::Tensor &q) {
          !c10::impl::tls_local_dispatch_key_set().included_.has_any(followed);
 }
 
-template <class T> void set_values(const at::Tensor &to, const std::vector<double> &values, double by) {
-  T *const data = to.mutable_data_ptr<T>();
-  for (size_t c = 0; c < values.size(); c++) data[c] = static_cast<T>(values[c] * by);
-}
-
 } // namespace
 
 OptTensor scaled_log_prior(const at::Tensor &q, bool is_log, double tau, const at::Tensor &input) {
   if (!(tau > 0 && tau <= largest_tau) || !is_readable(input) || input.dim() == 0) return {};
   if (q.dim() != 1 || !is_plain_memory(q) || q.numel() != input.size(input.dim() == 1 ? 0 : 1))
     return {};
-  std::vector<double> values(q.numel());
-  if (!read_any(q, values.data()) || (!is_log && !take_logs(values))) return {};
-  const bool is_double = input.scalar_type() == at::kDouble;
-  at::Tensor result = at::detail::empty_cpu({q.numel()}, is_double ? at::kDouble : at::kFloat);
-  if (is_double) set_values<double>(result, values, tau);
-  else set_values<float>(result, values, tau);
-  return result;
+  const at::ScalarType acc = input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  if (is_log && tau == 1 && q.scalar_type() == acc) return q;
+  at::Tensor result = at::detail::empty_cpu({q.numel()}, acc);
+  const bool done = acc == at::kDouble ? scale_any<double>(q, is_log, tau, result)
+                                       : scale_any<float>(q, is_log, tau, result);
+  return done ? OptTensor(std::move(result)) : OptTensor();
 }
 
 } // namespace wce

@@ -9,6 +9,7 @@
 #include <atomic>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <vector>
 
 #include "../loss_math.h"
@@ -35,14 +36,13 @@ template <class Body> void for_each_task(const wce_plan &plan, const Body &body)
 // The problem with the prior also in the order in which the kernels load bfloat16.
 struct Ordered {
   wce_problem c;
-  std::vector<float> prior;
+  std::unique_ptr<float[]> prior;
 
   explicit Ordered(const wce_problem &problem) : c(problem) {
-    if (c.prior == nullptr || c.dtype != WCE_BF16) return;
-    prior.resize(c.classes);
-    wce_cpu_order_prior(&c, prior.data());
+    if (!wce_cpu_orders_prior(&c)) return;
+    prior.reset(new float[c.classes]);
+    wce_cpu_order_prior(&c, prior.get());
   }
-  Ordered(const Ordered &) = delete;
 };
 
 wce_sums run_forward(const Problem &problem, const wce_row_outputs &out) {
