@@ -295,7 +295,6 @@ public:
                               numbers.skip_empty, or_none(saved, 7), or_none(saved, 8));
     return result;
   }
-
 };
 
 namespace {
