@@ -1,5 +1,6 @@
 """Memory of large gradients on the CPU: kept from one step to the next, and no longer than that."""
 
+import ast
 import os
 import subprocess
 import sys
@@ -11,6 +12,8 @@ import wce_torch
 
 CLASSES = 1024
 ROWS = (40 << 20) // (4 * CLASSES)  # a float32 gradient of 40 MiB
+
+HUGE_PAGES = "/sys/kernel/mm/transparent_hugepage/enabled"
 
 needs_proc = pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs /proc")
 
@@ -101,3 +104,67 @@ def test_environment_variable_keeps_nothing():
         env = {**os.environ, "WCE_KEEP_MEMORY": value, "PYTHONPATH": os.pathsep.join(sys.path)}
         done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
         assert done.stdout.strip() == kept, done.stderr
+
+
+def in_huge_pages(tensor):
+    """Share of a tensor's memory, as far as it can be told: mappings hold other memory as well."""
+    begin, size = tensor.data_ptr(), tensor.untyped_storage().nbytes()
+    huge, inside = 0, False
+    with open("/proc/self/smaps") as file:
+        for line in file:
+            first, _, rest = line.partition(" ")
+            if "-" in first:
+                low, high = (int(part, 16) for part in first.split("-"))
+                inside = low < begin + size and high > begin
+            elif inside and first == "AnonHugePages:":
+                huge += int(rest.split()[0]) << 10
+    return huge / size
+
+
+def shares_of_gradients(small_pages):
+    """Shares of three gradients, each in the memory of the one before."""
+    if small_pages:  # the first one gets memory that stands already
+        torch.ones(64 << 20).sum()
+    found = []
+    for value in range(3):
+        grad = gradient(value=float(value))
+        assert torch.equal(grad, expected_gradient())
+        found.append((grad.data_ptr(), in_huge_pages(grad)))
+        del grad
+    assert len({at for at, _ in found}) == 1
+    return [share for _, share in found]
+
+
+def expected_gradient():
+    row = torch.full((CLASSES,), 1 / CLASSES)
+    row[0] -= 1
+    return (row / ROWS).expand(ROWS, CLASSES)
+
+
+def shares_in_a_process(small_pages, **env):
+    """Of a process whose C library keeps all memory, or as it is."""
+    code = f"import test_gradient_memory as t; print(t.shares_of_gradients({small_pages}))"
+    if small_pages:
+        env |= {"MALLOC_MMAP_THRESHOLD_": str(1 << 40), "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
+    env = {**os.environ, **env, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return ast.literal_eval(done.stdout)
+
+
+def huge_pages_on_request():
+    """Whether the system has them for those who ask, and for nobody else."""
+    if not os.path.exists(HUGE_PAGES):
+        return False
+    with open(HUGE_PAGES) as file:
+        return "[madvise]" in file.read()
+
+
+@pytest.mark.skipif(not huge_pages_on_request(), reason="needs huge pages on request")
+def test_huge_pages():
+    """At once where memory is new; from the second gradient on where small pages stood; never where
+    the variable says so."""
+    assert min(shares_in_a_process(False)) > 0.8
+    first, *others = shares_in_a_process(True)
+    assert first < 0.2 and min(others) > 0.8
+    assert max(shares_in_a_process(True, WCE_HUGE_PAGES="0")) < 0.2
