@@ -124,6 +124,43 @@ WCE_AVX2_ACROSS(add, add)
 WCE_AVX2_ACROSS(max, max)
 #undef WCE_AVX2_ACROSS
 
+WCE_INLINE v_f32 f32_choose(v_f32 values, const lane_f32 *y) {
+  return _mm256_permutevar8x32_ps(values, _mm256_loadu_si256((const __m256i *)(const void *)y));
+}
+/* Halves of a lane go each for itself: 2*y and 2*y + 1.                                            */
+WCE_INLINE v_f64 f64_choose(v_f64 values, const lane_f64 *y) {
+  __m256i twice = _mm256_slli_epi64(_mm256_loadu_si256((const __m256i *)(const void *)y), 1);
+  __m256i both = _mm256_shuffle_epi32(twice, 0xa0), odd = _mm256_set1_epi64x((int64_t)1 << 32);
+  __m256 found =
+      _mm256_permutevar8x32_ps(_mm256_castpd_ps(values), _mm256_add_epi32(both, odd));
+  return _mm256_castps_pd(found);
+}
+
+/* ---- lanes of two vectors ------------------------------------------------------------------------ */
+
+WCE_INLINE void f32_halves(const float *a, const float *b, v_f32 two[2]) {
+  for (int i = 0; i < 2; i++)
+    two[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(a + 4 * i)),
+                                  _mm_loadu_ps(b + 4 * i), 1);
+}
+WCE_INLINE v_f32 f32_pick(v_f32 a, v_f32 b, const int d) {
+  return d == 2 ? _mm256_blend_ps(a, b, 0xcc) : _mm256_blend_ps(a, b, 0xaa);
+}
+WCE_INLINE v_f32 f32_cross(v_f32 a, v_f32 b, const int d) {
+  return d == 2 ? _mm256_shuffle_ps(a, b, 0x4e) : _mm256_permute_ps(f32_pick(b, a, d), 0xb1);
+}
+WCE_INLINE void f64_halves(const double *a, const double *b, v_f64 two[2]) {
+  for (int i = 0; i < 2; i++)
+    two[i] = _mm256_insertf128_pd(_mm256_castpd128_pd256(_mm_loadu_pd(a + 2 * i)),
+                                  _mm_loadu_pd(b + 2 * i), 1);
+}
+WCE_INLINE v_f64 f64_pick(v_f64 a, v_f64 b, const int d) {
+  return (void)d, _mm256_blend_pd(a, b, 0xa);
+}
+WCE_INLINE v_f64 f64_cross(v_f64 a, v_f64 b, const int d) {
+  return (void)d, _mm256_shuffle_pd(a, b, 0x5);
+}
+
 /* ---- pairs -------------------------------------------------------------------------------------- */
 
 /* 0xd8: the two quarters in the middle change places. */

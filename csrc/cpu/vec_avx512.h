@@ -33,6 +33,9 @@ WCE_INLINE uint32_t wce_first_lanes(int n, int lanes) {
     return _mm512_mask_mov_##sfx(                                                               \
         b, _mm512_cmpeq_##int_sfx##_mask(lanes, _mm512_set1_##int_sfx(c)), a);                  \
   }                                                                                             \
+  WCE_INLINE vec acc##_choose(vec values, const lane_##acc *y) {                                \
+    return _mm512_permutexvar_##sfx(_mm512_loadu_si512(y), values);                             \
+  }                                                                                             \
   WCE_INLINE vec acc##_mulz(vec a, vec b) {                                                     \
     return _mm512_maskz_mul_##sfx(                                                              \
         _mm512_cmp_##sfx##_mask(a, _mm512_setzero_##sfx(), _CMP_NEQ_UQ), a, b);                 \
@@ -63,6 +66,35 @@ WCE_AVX512_WORDS(f64, v_f64, double, pd, epi64)
 
 WCE_INLINE float f32_first(v_f32 v) { return _mm512_cvtss_f32(v); }
 WCE_INLINE double f64_first(v_f64 v) { return _mm512_cvtsd_f64(v); }
+
+/* ---- lanes of two vectors ------------------------------------------------------------------------ */
+
+WCE_INLINE void f32_halves(const float *a, const float *b, v_f32 two[2]) {
+  for (int i = 0; i < 2; i++)
+    two[i] = _mm512_insertf32x8(_mm512_castps256_ps512(_mm256_loadu_ps(a + 8 * i)),
+                                _mm256_loadu_ps(b + 8 * i), 1);
+}
+WCE_INLINE v_f32 f32_pick(v_f32 a, v_f32 b, const int d) {
+  return _mm512_mask_blend_ps(d == 4 ? 0xf0f0 : d == 2 ? 0xcccc : 0xaaaa, a, b);
+}
+WCE_INLINE v_f32 f32_cross(v_f32 a, v_f32 b, const int d) {
+  if (d == 2) return _mm512_shuffle_ps(a, b, 0x4e);
+  v_f32 others = f32_pick(b, a, d);
+  return d == 4 ? _mm512_shuffle_f32x4(others, others, 0xb1) : _mm512_permute_ps(others, 0xb1);
+}
+WCE_INLINE void f64_halves(const double *a, const double *b, v_f64 two[2]) {
+  for (int i = 0; i < 2; i++)
+    two[i] = _mm512_insertf64x4(_mm512_castpd256_pd512(_mm256_loadu_pd(a + 4 * i)),
+                                _mm256_loadu_pd(b + 4 * i), 1);
+}
+WCE_INLINE v_f64 f64_pick(v_f64 a, v_f64 b, const int d) {
+  return _mm512_mask_blend_pd(d == 2 ? 0xcc : 0xaa, a, b);
+}
+WCE_INLINE v_f64 f64_cross(v_f64 a, v_f64 b, const int d) {
+  if (d == 1) return _mm512_shuffle_pd(a, b, 0x55);
+  v_f64 others = f64_pick(b, a, d);
+  return _mm512_shuffle_f64x2(others, others, 0xb1);
+}
 
 /* ---- pairs -------------------------------------------------------------------------------------- */
 

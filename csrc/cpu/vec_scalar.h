@@ -6,10 +6,14 @@
  *   set1 add sub mul fma        fma(a, b, c) = a*b + c
  *   max(a, b)                   b where either is nan: max(x, acc) leaves nan out of acc
  *   where(y, c, a, b)           a where the lane's integer of y is c, else b; y: array of lane_<acc>
+ *   choose(values, y)           values[y] for each lane of y, which are 0 .. LANES-1
  *   mulz(a, b)                  0 where a is 0, else a*b (also where b is infinite)
  *   fraction(t)                 t - floor(t); 0 for -inf
  *   scale(p, t)                 p * 2^floor(t); 0 for t = -inf or p*2^floor(t) far below the range
  *   first hadd hmax             lane 0, sum of lanes (fixed order), maximum of lanes
+ *   halves(a, b, two)           from memory: the lower halves of the vectors at a and b, then the upper
+ *   pick(a, b, d)               a in lanes whose number has no d in it, else b; d = 1, 2 .. LANES/4
+ *   cross(a, b, d)              the lanes that pick leaves out, each moved by d to where it took one
  *   split(two)  zip(two)        LANES pairs, one behind the other, to their first and their second
  *                               members, and back
  *   load_<elem>(p)  load_n_<elem>(p, n, fill)  store_<elem>(p, v)  store_n_<elem>(p, v, n)
@@ -50,11 +54,17 @@ enum { LANES_f32 = 1, LANES_f64 = 1, EXP_AHEAD = 0 };
   WCE_INLINE type acc##_where(const lane_##acc *y, lane_##acc c, type a, type b) {             \
     return *y == c ? a : b;                                                                    \
   }                                                                                            \
+  WCE_INLINE type acc##_choose(type values, const lane_##acc *y) { return (void)y, values; }   \
   WCE_INLINE type acc##_mulz(type a, type b) { return a == 0 ? 0 : a * b; }                    \
   WCE_INLINE type acc##_fraction(type t) { return t == -INFINITY ? 0 : t - floor_fn(t); }      \
   WCE_INLINE type acc##_scale(type p, type t) {                                                \
     return t < -2000 ? 0 : t != t ? t : ldexp_fn(p, (int)floor_fn(t > 2000 ? 2000 : t));       \
   }                                                                                            \
+  WCE_INLINE void acc##_halves(const type *a, const type *b, type two[2]) {                    \
+    two[0] = *a, two[1] = *b;                                                                  \
+  }                                                                                            \
+  WCE_INLINE type acc##_pick(type a, type b, int d) { return (void)b, (void)d, a; }            \
+  WCE_INLINE type acc##_cross(type a, type b, int d) { return (void)a, (void)d, b; }           \
   WCE_INLINE void acc##_split(type two[2]) { (void)two; }                                      \
   WCE_INLINE void acc##_zip(type two[2]) { (void)two; }                                        \
   WCE_INLINE type acc##_first(type v) { return v; }                                            \
