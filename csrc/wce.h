@@ -108,8 +108,8 @@ static inline int wce_saves_stats(int64_t classes) { return classes >= 32; }
 
 /* ---- CPU ------------------------------------------------------------------------------------ */
 
-/* How a problem is cut into tasks. It depends on the shape and dtype alone, never on the number of
- * threads: that is why results have the same bits for any number of threads.                      */
+/* How a problem is cut into tasks. It depends on the shape, the dtype and the kind of target, never on the
+ * number of threads: that is why results have the same bits for any number of threads.                      */
 typedef enum { WCE_TILE, WCE_ROWS, WCE_SPLIT, WCE_REGIME_COUNT } wce_regime;
 typedef struct {
   wce_regime regime;

@@ -7,8 +7,9 @@
 enum {
   NARROW_CLASSES = 40,       /* forward, rows this short: a lane is a row. 36 classes, Zen 4, rows -> tile,
                               * ns an element: f32 0.39 -> 0.35, bf16 0.42 -> 0.33; 44: no difference */
-  WHOLE_CLASSES = 32,        /* but not where rows of float32 fill vectors. AVX-512 and AVX2, tile ->
-                              * rows: 32 classes 0.35 -> 0.32, 0.47 -> 0.45; 40: 0.35, 0.48 -> 0.40   */
+  WHOLE_CLASSES = 32,        /* but not from here on where rows of float32 are made of eights. AVX-512 and
+                              * AVX2, tile -> rows: 32 classes 0.35 -> 0.32 and 0.47 -> 0.45; 40 classes
+                              * the same and 0.48 -> 0.40                                             */
   NARROW_CLASSES_F64 = 31,   /* half as many lanes: 32 classes 0.87 -> 1.08                         */
   TASK_ELEMENTS = 1 << 16,   /* enough to pay for handing a task to a thread                        */
   STREAM_BYTES = 1 << 24,    /* gradients above 16 MiB go past the caches. Of 16 to 28 MiB, Zen 4 with an
@@ -41,7 +42,8 @@ static int is_narrow(const wce_problem *p) {
 
 /* | classes contiguous | classes    | rows  | regime |
  * | no                 | any        | any   | tile   |
- * | yes                | <= 40      | any   | tile   |   (is_narrow; backward: backward_regime)
+ * | yes                | <= 40      | any   | tile   |   (float64: 31; float32 with an index target: not
+ *                                                        32 and 40; backward: backward_regime)
  * | yes                | more       | any   | rows   |
  * | yes                | >= 32768   | <= 64 | split  |   (index targets: the sum of a soft target's
  *                                                        coefficients belongs to the whole row)    */

@@ -36,8 +36,8 @@ bool is_wanted(const char *variable) {
   return value == nullptr || std::strcmp(value, "0") != 0;
 }
 
-// Memory of a block that huge pages can fill; of no bytes where they would be of no use, or where the
-// memory is not the C library's and may be locked or known to a device.
+// Memory of a block that huge pages can fill; of no bytes where they would be of no use, or where another
+// allocator gave the memory, who may have locked it or told a device.
 struct Span {
   void *begin;
   size_t bytes;
@@ -55,8 +55,8 @@ Span span_of_huge_pages(void *data, size_t bytes) {
   return {reinterpret_cast<void *>(begin), end - begin};
 }
 
-// Asks for huge pages at the first touch. Returns whether small ones stand there already, as in memory
-// of the heap that was used before.
+// Asks for huge pages at the first touch. Returns whether pages stand there already, as in memory of the
+// heap that was used before; they are small, as a rule.
 bool ask_for_huge_pages(Span span) {
   bool stand = false;
 #ifdef MADV_HUGEPAGE
