@@ -160,7 +160,7 @@ def huge_pages_on_request():
     with open(HUGE_PAGES) as file:
         if "[madvise]" not in file.read():
             return False
-    memory = mmap.mmap(-1, 40 << 20)
+    memory = mmap.mmap(-1, 40 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_HUGEPAGE)
     return in_huge_pages(torch.frombuffer(memory, dtype=torch.uint8).fill_(1)) > 0.8
 
