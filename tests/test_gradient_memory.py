@@ -96,15 +96,21 @@ def test_empty_cache_gives_it_back():
     assert resident_after_freeing() < -30
 
 
+def printed(code, **env):
+    """What a process of its own prints."""
+    env = {**os.environ, **env, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
 def test_environment_variable_keeps_nothing():
     code = (
         "import os, torch, test_gradient_memory as t\n"
         "t.gradient(); print(t.resident_after_freeing() < -30)"
     )
     for value, kept in (("0", "False"), ("1", "True")):
-        env = {**os.environ, "WCE_KEEP_MEMORY": value, "PYTHONPATH": os.pathsep.join(sys.path)}
-        done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
-        assert done.stdout.strip() == kept, done.stderr
+        assert printed(code, WCE_KEEP_MEMORY=value) == kept
 
 
 def in_huge_pages(tensor):
@@ -147,10 +153,7 @@ def shares_in_a_process(small_pages, **env):
     code = f"import test_gradient_memory as t; print(t.shares_of_gradients({small_pages}))"
     if small_pages:
         env |= {"MALLOC_MMAP_THRESHOLD_": str(1 << 40), "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
-    env = {**os.environ, **env, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return ast.literal_eval(done.stdout)
+    return ast.literal_eval(printed(code, **env))
 
 
 def huge_pages_on_request():
