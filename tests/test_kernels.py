@@ -10,6 +10,7 @@ import functools
 import math
 import os
 import time
+from contextlib import suppress
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -146,7 +147,8 @@ def test_every_number_of_positions(isa, layout, dtype, body):
     position_counts(layout, dtype, body).verify(ce)
 
 
-LONG = (127, 128, 129, 255, 257, 511, 512, 513, 1000, 1023, 1025, 4097, 16384, 16385, 40000)
+LONG = (127, 128, 129, 192, 193, 255, 257, 384, 385, 511, 512, 513, 1000, 1023, 1025, 4097, 16384,
+        16385, 40000)
 
 
 @functools.lru_cache(maxsize=2)
@@ -536,8 +538,9 @@ def thread_times():
     """Processor time of each thread of this process, in ticks of the system's clock."""
     times = {}
     for thread in os.listdir("/proc/self/task"):
-        with open(f"/proc/self/task/{thread}/stat") as file:
-            times[thread] = int(file.read().rsplit(")", 1)[1].split()[11])
+        with suppress(FileNotFoundError, ProcessLookupError):  # it may have ended since
+            with open(f"/proc/self/task/{thread}/stat") as file:
+                times[thread] = int(file.read().rsplit(")", 1)[1].split()[11])
     return times
 
 
