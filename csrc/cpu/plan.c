@@ -5,11 +5,12 @@
 #include "table.h"
 
 enum {
-  NARROW_CLASSES = 40,       /* forward, rows this short: a lane is a row. 36 classes, Zen 4, rows -> tile,
-                              * ns an element: f32 0.39 -> 0.35, bf16 0.42 -> 0.33; 44: no difference */
-  WHOLE_CLASSES = 32,        /* but not from here on where rows of float32 are made of eights. AVX-512 and
-                              * AVX2, tile -> rows: 32 classes 0.35 -> 0.32 and 0.47 -> 0.45; 40 classes
-                              * the same and 0.48 -> 0.40                                             */
+  NARROW_CLASSES = 40,       /* forward, rows this short: a lane is a row. 36 classes, Zen 4, rows ->
+                              * tile, ns an element: f32 0.39 -> 0.35, bf16 0.42 -> 0.33; 44: no
+                              * difference                                                            */
+  WHOLE_CLASSES = 32,        /* but not from here on where rows of float32 are made of eights. AVX-512
+                              * and AVX2, tile -> rows: 32 classes 0.35 -> 0.32 and 0.47 -> 0.45; 40
+                              * classes the same and 0.48 -> 0.40                                     */
   NARROW_CLASSES_F64 = 31,   /* half as many lanes: 32 classes 0.87 -> 1.08                         */
   TASK_ELEMENTS = 1 << 16,   /* enough to pay for handing a task to a thread                        */
   STREAM_BYTES = 1 << 24,    /* gradients above 16 MiB go past the caches. Of 16 to 28 MiB, Zen 4 with an

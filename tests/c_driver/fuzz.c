@@ -123,8 +123,8 @@ const char *__ubsan_default_options(void) { return "abort_on_error=1:print_stack
 /* ---- shapes and strides ---------------------------------------------------------------------- */
 
 static int64_t random_classes(void) {
-  static const int64_t edges[] = {39,  40,  41,  63,  64,  65,   127,  128,
-                                  129, 255, 256, 257, 511, 1000, 1023, 1025};
+  static const int64_t edges[] = {39,  40,  41,  63,  64,  65,  96,  97,  127, 128,  129,
+                                  192, 193, 255, 256, 257, 384, 385, 511, 1000, 1023, 1025};
   if (chance(50)) return 1 + below(40);
   if (chance(30)) return 30 + below(230);
   if (chance(70)) return edges[below(sizeof edges / sizeof *edges)];
