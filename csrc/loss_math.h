@@ -60,18 +60,36 @@ WCE_FN uint16_t wce_float_to_f16(float value) {
 
 /* ---- log of a sum of exponentials -------------------------------------------------------------
  * s >= 1, or nan. Written without branches so that compilers vectorise loops over rows.
- *   s = 2^k * f, f in [sqrt(1/2), sqrt(2));  z = (f-1)/(f+1);  log f = 2*atanh(z)
- * with |z| < 0.1716 the series in z^2 ends after 5 (float) or 10 (double) terms.                  */
+ *   s = 2^k * (1 + r),  1 + r in [sqrt(1/2), sqrt(2))
+ * float: log(1 + r) = r - r^2/2 + r^3 * P(r), P fitted for the least relative error of the whole
+ * (5.8e-9); within 1.03 ulp over all s, 0.86 with fma. Without a division: Zen 5, ns a row, 0.24 -> 0.12.
+ * double: 2*atanh(z), z = r/(2 + r); with |z| < 0.1716 its series in z^2 ends after 10 terms.      */
+
+/* a*b + c, rounded once where the processor can. */
+#if defined(__FMA__) || defined(__FP_FAST_FMAF)
+#define WCE_FMA_F32(a, b, c) __builtin_fmaf(a, b, c)
+#define WCE_FMA_F64(a, b, c) __builtin_fma(a, b, c)
+#else
+#define WCE_FMA_F32(a, b, c) ((a) * (b) + (c))
+#define WCE_FMA_F64(a, b, c) ((a) * (b) + (c))
+#endif
 
 WCE_FN float wce_log_f32(float s) {
   uint32_t bits = wce_float_bits(s);
   int32_t k = (int32_t)(bits - 0x3f3504f3u) >> 23; /* 0x3f3504f3 = sqrt(1/2)                       */
-  float f = wce_bits_float(bits - ((uint32_t)k << 23));
-  float z = (f - 1.0f) / (f + 1.0f), q = z * z;
-  float series = q * (1.0f / 3 + q * (1.0f / 5 + q * (1.0f / 7 + q * (1.0f / 9))));
-  float log_f = 2.0f * z + 2.0f * z * series;
-  float result = (float)k * 0.693147182464599609375f + (log_f - (float)k * 1.904654323148236e-9f);
-  return result + s * 0.0f; /* nan stays nan                                                      */
+  float r = wce_bits_float(bits - ((uint32_t)k << 23)) - 1.0f, square = r * r, n = (float)k;
+  float p = -0x1.38b576p-4f;
+  p = WCE_FMA_F32(p, r, 0x1.055b68p-3f);
+  p = WCE_FMA_F32(p, r, -0x1.0d8542p-3f);
+  p = WCE_FMA_F32(p, r, 0x1.22da1ep-3f);
+  p = WCE_FMA_F32(p, r, -0x1.547244p-3f);
+  p = WCE_FMA_F32(p, r, 0x1.99a008p-3f);
+  p = WCE_FMA_F32(p, r, -0x1.000226p-2f);
+  p = WCE_FMA_F32(p, r, 0x1.555554p-2f);
+  /* k*log(2) in two parts, the smaller ones first                                                 */
+  float small = WCE_FMA_F32(square, -0.5f, square * r * p);
+  small = WCE_FMA_F32(n, -1.904654323148236e-9f, small);
+  return WCE_FMA_F32(n, 0.693147182464599609375f, r + small) + s * 0.0f; /* nan stays nan          */
 }
 
 WCE_FN double wce_log_f64(double s) {
@@ -83,15 +101,15 @@ WCE_FN double wce_log_f64(double s) {
   memcpy(&f, &f_bits, sizeof f);
   double z = (f - 1.0) / (f + 1.0), q = z * z;
   double series = 1.0 / 21;
-  series = 1.0 / 19 + q * series;
-  series = 1.0 / 17 + q * series;
-  series = 1.0 / 15 + q * series;
-  series = 1.0 / 13 + q * series;
-  series = 1.0 / 11 + q * series;
-  series = 1.0 / 9 + q * series;
-  series = 1.0 / 7 + q * series;
-  series = 1.0 / 5 + q * series;
-  series = 1.0 / 3 + q * series;
+  series = WCE_FMA_F64(q, series, 1.0 / 19);
+  series = WCE_FMA_F64(q, series, 1.0 / 17);
+  series = WCE_FMA_F64(q, series, 1.0 / 15);
+  series = WCE_FMA_F64(q, series, 1.0 / 13);
+  series = WCE_FMA_F64(q, series, 1.0 / 11);
+  series = WCE_FMA_F64(q, series, 1.0 / 9);
+  series = WCE_FMA_F64(q, series, 1.0 / 7);
+  series = WCE_FMA_F64(q, series, 1.0 / 5);
+  series = WCE_FMA_F64(q, series, 1.0 / 3);
   double log_f = 2.0 * z + 2.0 * z * (q * series);
   double n = (double)(int32_t)k;
   double result = n * 6.93147180369123816490e-01 + (log_f + n * 1.90821492927058770002e-10);

@@ -124,16 +124,22 @@ WCE_AVX2_ACROSS(add, add)
 WCE_AVX2_ACROSS(max, max)
 #undef WCE_AVX2_ACROSS
 
-WCE_INLINE v_f32 f32_choose(v_f32 values, const lane_f32 *y) {
-  return _mm256_permutevar8x32_ps(values, _mm256_loadu_si256((const __m256i *)(const void *)y));
+/* The bit of y that says which vector moves to where blends look for it.                           */
+WCE_INLINE v_f32 f32_choose(const v_f32 values[2], const lane_f32 *y) {
+  __m256i lanes = _mm256_loadu_si256((const __m256i *)(const void *)y);
+  return _mm256_blendv_ps(_mm256_permutevar8x32_ps(values[0], lanes),
+                          _mm256_permutevar8x32_ps(values[1], lanes),
+                          _mm256_castsi256_ps(_mm256_slli_epi32(lanes, 28)));
 }
 /* Halves of a lane go each for itself: 2*y and 2*y + 1.                                            */
-WCE_INLINE v_f64 f64_choose(v_f64 values, const lane_f64 *y) {
-  __m256i twice = _mm256_slli_epi64(_mm256_loadu_si256((const __m256i *)(const void *)y), 1);
-  __m256i both = _mm256_shuffle_epi32(twice, 0xa0), odd = _mm256_set1_epi64x((int64_t)1 << 32);
-  __m256 found =
-      _mm256_permutevar8x32_ps(_mm256_castpd_ps(values), _mm256_add_epi32(both, odd));
-  return _mm256_castps_pd(found);
+WCE_INLINE v_f64 f64_choose(const v_f64 values[2], const lane_f64 *y) {
+  __m256i lanes = _mm256_loadu_si256((const __m256i *)(const void *)y);
+  __m256i both = _mm256_shuffle_epi32(_mm256_slli_epi64(lanes, 1), 0xa0);
+  __m256i halves = _mm256_add_epi32(both, _mm256_set1_epi64x((int64_t)1 << 32));
+  __m256 first = _mm256_permutevar8x32_ps(_mm256_castpd_ps(values[0]), halves);
+  __m256 second = _mm256_permutevar8x32_ps(_mm256_castpd_ps(values[1]), halves);
+  return _mm256_blendv_pd(_mm256_castps_pd(first), _mm256_castps_pd(second),
+                          _mm256_castsi256_pd(_mm256_slli_epi64(lanes, 61)));
 }
 
 /* ---- lanes of two vectors ------------------------------------------------------------------------ */

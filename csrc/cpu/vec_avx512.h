@@ -33,8 +33,8 @@ WCE_INLINE uint32_t wce_first_lanes(int n, int lanes) {
     return _mm512_mask_mov_##sfx(                                                               \
         b, _mm512_cmpeq_##int_sfx##_mask(lanes, _mm512_set1_##int_sfx(c)), a);                  \
   }                                                                                             \
-  WCE_INLINE vec acc##_choose(vec values, const lane_##acc *y) {                                \
-    return _mm512_permutexvar_##sfx(_mm512_loadu_si512(y), values);                             \
+  WCE_INLINE vec acc##_choose(const vec values[2], const lane_##acc *y) {                       \
+    return _mm512_permutex2var_##sfx(values[0], _mm512_loadu_si512(y), values[1]);              \
   }                                                                                             \
   WCE_INLINE vec acc##_mulz(vec a, vec b) {                                                     \
     return _mm512_maskz_mul_##sfx(                                                              \

@@ -6,7 +6,7 @@
  *   set1 add sub mul fma        fma(a, b, c) = a*b + c
  *   max(a, b)                   b where either is nan: max(x, acc) leaves nan out of acc
  *   where(y, c, a, b)           a where the lane's integer of y is c, else b; y: array of lane_<acc>
- *   choose(values, y)           values[y] for each lane of y, which are 0 .. LANES-1
+ *   choose(values, y)           element y of the two vectors `values`, for each lane's y: 0 .. 2*LANES-1
  *   mulz(a, b)                  0 where a is 0, else a*b (also where b is infinite)
  *   fraction(t)                 t - floor(t); 0 for -inf
  *   scale(p, t)                 p * 2^floor(t); 0 for t = -inf or p*2^floor(t) far below the range
@@ -54,7 +54,7 @@ enum { LANES_f32 = 1, LANES_f64 = 1, EXP_AHEAD = 0 };
   WCE_INLINE type acc##_where(const lane_##acc *y, lane_##acc c, type a, type b) {             \
     return *y == c ? a : b;                                                                    \
   }                                                                                            \
-  WCE_INLINE type acc##_choose(type values, const lane_##acc *y) { return (void)y, values; }   \
+  WCE_INLINE type acc##_choose(const type values[2], const lane_##acc *y) { return values[*y]; } \
   WCE_INLINE type acc##_mulz(type a, type b) { return a == 0 ? 0 : a * b; }                    \
   WCE_INLINE type acc##_fraction(type t) { return t == -INFINITY ? 0 : t - floor_fn(t); }      \
   WCE_INLINE type acc##_scale(type p, type t) {                                                \
