@@ -602,6 +602,45 @@ def test_a_row_does_not_depend_on_its_neighbours(isa, dtype, classes):
             assert torch.equal(one[0], other[row])
 
 
+# One item each; as many are made as a gradient above STREAM_BYTES (plan.c) needs.
+ITEMS = {
+    "two": (2, 512, 256), "narrow": (10, 300, 100), "image": (19, 160, 160),
+    "odd_image": (19, 161, 159), "two_tiles": (41, 128, 128), "wide": (150, 64, 64),
+}
+ABOVE_THE_LIMIT = 17 << 20  # bytes
+
+
+@every_isa
+@every_dtype
+@pytest.mark.parametrize("item", ITEMS)
+@pytest.mark.parametrize("layout", ["planes", "rows"])
+@pytest.mark.parametrize("body", ["plain", "smooth", "soft"])
+def test_large_gradients_have_the_bits_of_small_ones(isa, dtype, item, layout, body):
+    """Past the caches they take another way: the same bits as item by item, which stay below."""
+    of_one = math.prod(ITEMS[item]) * DTYPES[dtype].itemsize
+    items = ABOVE_THE_LIMIT // of_one + 1
+    generator = torch.Generator().manual_seed(7)
+    x = torch.randn(items, *ITEMS[item], generator=generator).to(DTYPES[dtype])
+    classes = x.shape[1]
+    weight = torch.rand(classes, generator=generator) + 0.5
+    if layout == "rows":
+        x = x.contiguous(memory_format=torch.channels_last)
+    if body == "soft":
+        target = x.roll(1, 0).abs()
+    else:
+        target = torch.randint(classes, (items, *x.shape[2:]), generator=generator)
+        target[items // 2, 3:7] = -100
+    options = {"reduction": "sum", "label_smoothing": 0.1 if body == "smooth" else 0.0}
+
+    def gradient(part):
+        leaf = x[part].detach().requires_grad_()
+        return torch.autograd.grad(ce(leaf, target[part], weight, **options), leaf)[0]
+
+    whole = gradient(slice(None))
+    for i in range(0, items, max(1, items // 3)):
+        assert torch.equal(gradient(slice(i, i + 1)), whole[i : i + 1]), i
+
+
 def moving_maxima(classes):
     """Rows of many blocks whose maximum moves late, by less and by more than 1, or stays."""
     base = torch.linspace(-2, 2, classes).sin()

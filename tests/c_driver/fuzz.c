@@ -9,6 +9,8 @@
  * written, so that a use of them shows too. Each instruction set of this processor runs each
  * problem in each case's regime and is compared with expected.c. "wild" cases hold values for which
  * results are not defined (nan weights, ...): they are run for the sanitizers alone.             */
+#define _POSIX_C_SOURCE 200112L /* posix_memalign */
+
 #include <inttypes.h>
 #include <math.h>
 #include <sanitizer/asan_interface.h>
@@ -46,8 +48,10 @@ static int buffer_count;
 
 static void *buffer(int64_t count, int64_t size) {
   size_t head = chance(60) ? 0 : (size_t)(size * (1 + below(31)));
-  char *start = malloc(head + (size_t)(count * size));
-  if (!start || buffer_count == MAX_BUFFERS) abort();
+  void *line; /* of 64 bytes, where large tensors begin                                           */
+  if (buffer_count == MAX_BUFFERS || posix_memalign(&line, 64, head + (size_t)(count * size)))
+    abort();
+  char *start = line;
   memset(start, 0xa5, head + (size_t)(count * size));
   __asan_poison_memory_region(start, head & ~(size_t)7);
   buffers[buffer_count].start = start;
@@ -137,6 +141,10 @@ static void random_shape(wce_problem *p) {
   int64_t rows = 1 + below(1 + budget / (p->classes + 1));
   if (chance(50) && rows > 40) rows = 1 + below(40);
   p->inner = chance(40) ? 1 : 1 + below(rows);
+  if (p->classes <= 160 && chance(15)) { /* whole tiles, whose gradients may fill whole lines      */
+    rows = 256 * (1 + below(3));
+    p->inner = chance(40) ? 1 : chance(50) ? 256 : rows;
+  }
   p->outer = rows / p->inner;
   if (chance(1)) p->outer = 0;
 }
