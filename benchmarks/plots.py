@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 from benchmarks.report import Findings, Setting  # noqa: E402
 
 COLOURS = {"ours": "#1b6ca8", "eager": "#d1495b", "compile": "#edae49"}
-PASSES = {"forward": "forward", "training": "forward + backward"}
+PASSES = {"forward": "forward", "backward": "backward", "training": "forward + backward"}
 
 
 def _bars(axes, labels: list[str], series: dict[str, tuple[list, str, float]],
@@ -36,8 +36,8 @@ def ratios(found: Findings, path: Path) -> None:
     """How many times longer native takes, per case, with all threads."""
     cases, settings = found.cases(), _all_threads(found)
     figure, panels = plt.subplots(1, 2, figsize=(13, 1.6 + 0.34 * len(cases)), sharey=True)
-    for axes, (part, title) in zip(panels, PASSES.items(), strict=True):
-        series = {}
+    for axes, part in zip(panels, ("forward", "training"), strict=True):
+        title, series = PASSES[part], {}
         for setting, alpha in zip(settings, (1.0, 0.5), strict=False):
             for rival in ("eager", "compile"):
                 values = [found.ratio(c, setting, rival, part) for c in cases]
@@ -58,11 +58,11 @@ def shares(found: Findings, path: Path) -> None:
         row = found.get(case, setting, "ours", part)
         return row["ceiling_share"] if row else None
 
-    parts = ("forward", "backward")
+    parts = ("forward", "backward", "training")
     cases = [c for c in found.cases() if any(share(c, s, p) for s in settings for p in parts)]
     if not cases:
         return
-    figure, panels = plt.subplots(1, 2, figsize=(13, 1.6 + 0.3 * len(cases)), sharey=True)
+    figure, panels = plt.subplots(1, 3, figsize=(16, 1.6 + 0.3 * len(cases)), sharey=True)
     for axes, part in zip(panels, parts, strict=True):
         series = {
             f"{s.malloc} malloc": ([share(c, s, part) for c in cases], COLOURS["ours"], alpha)
@@ -70,7 +70,7 @@ def shares(found: Findings, path: Path) -> None:
         }
         _bars(axes, cases, series, 0.0)
         axes.axvline(0.9, color="black", linewidth=0.8, linestyle="--")
-        axes.set_xlabel(f"{part}: share of the machine's ceiling (dashed: 90 %)")
+        axes.set_xlabel(f"{PASSES[part]}: share of the machine's ceiling (dashed: 90 %)")
     _save(figure, path)
 
 

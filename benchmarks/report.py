@@ -136,7 +136,8 @@ def _buffers(row: dict | None, other: dict | None) -> str:
 
 HEADINGS = (
     "case", "error: ulp, gradient", "fwd", "eager/ours", "compile/ours", "of ceiling",
-    "fwd+bwd", "eager/ours", "compile/ours", "bwd of ceiling", "buffers, ours / eager",
+    "fwd+bwd", "eager/ours", "compile/ours", "of ceiling", "bwd of ceiling",
+    "buffers, ours / eager",
 )  # fmt: skip
 
 
@@ -156,6 +157,7 @@ def case_cells(found: Findings, case: str, setting: Setting) -> list[str]:
         _time(row("ours", "training")),
         _ratio(row("eager", "training")),
         _ratio(row("compile", "training")),
+        _share(row("ours", "training")),
         _share(row("ours", "backward")),
         _buffers(row("ours", "training"), row("eager", "training")),
     ]
@@ -325,16 +327,18 @@ compared with a float64 computation, loss and gradient, before it was timed.
 BYTE_RULE = """\
 Times are medians of interleaved rounds (ours, eager, torch.compile, ours, ...) in one process;
 `eager/ours` is the ratio of medians, in brackets the 25 % and 75 % quantiles of the ratio per
-round. Above 1, ours is faster. fwd runs under `no_grad`; fwd+bwd includes the release of the
-gradient. Error: the loss in units of the last place of its type, the gradient as its largest error
+round. Above 1, ours is faster. fwd runs under `no_grad`; fwd+bwd is a training step as it repeats
+itself, whose gradient ours makes in forward where the logits are large, and includes the release of
+the gradient; bwd is backward alone, with upstream gradients of 1 and 2 in turn, which nobody can
+expect. Error: the loss in units of the last place of its type, the gradient as its largest error
 over its largest entry, both against float64.
 
 Ceiling: the time of a bare read (forward: the logits, and a soft target, once each) or a bare copy
-(backward: logits read and gradient written once, a soft target read once) of the same bytes with
-the same threads, timed in the same rounds; or, where longer (`exp`), one exp per float32 or 16-bit
-element at the rate measured from L1. The copy goes to memory that is already mapped. Logits under
-4 MiB have no ceiling. Buffers: most memory held at once in forward + backward beyond the inputs,
-in units of the logits' size.
+(backward and forward + backward: logits read and gradient written once, a soft target read once) of
+the same bytes with the same threads, timed in the same rounds; or, where longer (`exp`), one exp
+per float32 or 16-bit element at the rate measured from L1. The copy goes to memory that is already
+mapped. Logits under 4 MiB have no ceiling. Buffers: most memory held at once in forward + backward
+beyond the inputs, in units of the logits' size.
 """
 
 

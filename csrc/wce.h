@@ -132,6 +132,11 @@ wce_plan wce_cpu_plan(const wce_problem *problem);
 int wce_cpu_orders_prior(const wce_problem *problem);
 void wce_cpu_order_prior(wce_problem *problem, void *room);
 
+/* What sums will say of weights, counts and targets, from targets and weights alone: the same bits, before
+ * any logit is read. Task t of plan->tasks; wce_cpu_add adds up in task order.                      */
+void wce_cpu_weigh(const wce_plan *plan, const wce_problem *problem, int64_t task, wce_sums *sums);
+wce_sums wce_cpu_add(const wce_plan *plan, const wce_sums *sums);
+
 /* Task t of plan->tasks, safe to run at the same time as any other. sums: [tasks], pieces: [pieces]. */
 void wce_cpu_forward(const wce_plan *plan, const wce_problem *problem, const wce_row_outputs *out,
                      int64_t task, wce_sums *sums, wce_piece *pieces);
@@ -141,6 +146,11 @@ wce_sums wce_cpu_finish(const wce_plan *plan, const wce_problem *problem,
 /* Returns the first bad row of the task, or -1; such a row's gradient is 0.                        */
 int64_t wce_cpu_backward(const wce_plan *plan, const wce_problem *problem,
                          const wce_row_grads *grads, int64_t task);
+
+/* Backward of a task behind its forward, whose results it may read, while its logits are in the caches; not
+ * for WCE_SPLIT, where a row is many tasks. Returns what backward returns.                         */
+int64_t wce_cpu_both(const wce_plan *plan, const wce_problem *problem, const wce_row_outputs *out,
+                     const wce_row_grads *grads, int64_t task, wce_sums *sums);
 
 /* Instruction sets, weakest first: "base", then "avx2", "avx512" on x86-64.                        */
 int wce_cpu_isa_count(void);

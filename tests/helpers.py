@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from reference import log_prior_of
+from reference import as_layout, log_prior_of
 
 import wce_torch
 
@@ -37,6 +37,28 @@ def run_python(code, **env):
     """Runs code in a fresh interpreter: the finished process."""
     return subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, text=True,
                           capture_output=True, env={**os.environ, **env}, timeout=300)
+
+
+def op_arguments(case, dtype=torch.float32, layout="plain", needs_grad=False):
+    """(positional, keyword) arguments of wce::cross_entropy for a case."""
+    x, target, options = case.build(dtype)
+    reduction = ("none", "mean", "sum").index(options.get("reduction"))
+    keywords = {}
+    if "class_prior" in options:
+        prior = log_prior_of(options["class_prior"], options["tau"])
+        keywords["log_prior"] = prior.to(torch.float64 if dtype == torch.float64 else torch.float32)
+    for name in ("sample_weight", "mask"):
+        if name in options:
+            keywords[name] = options[name]
+    if "normalizer" in options:
+        keywords["normalizer"] = torch.tensor(options["normalizer"])
+    if case.skip_empty:
+        keywords["skip_empty"] = True
+    if case.empty == "zero":
+        keywords["empty_zero"] = True
+    x = as_layout(x, layout).detach().requires_grad_(needs_grad)
+    return (x, target, options.get("weight"), reduction, options.get("ignore_index", -100),
+            case.smoothing), keywords
 
 
 def segmentation_losses(base):

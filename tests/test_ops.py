@@ -11,7 +11,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import composed, peak_bytes
+from helpers import composed, op_arguments, peak_bytes
 from reference import (
     DTYPES,
     SMALL_CASES,
@@ -53,28 +53,6 @@ def _fresh_compiler():
 # ---- opcheck -------------------------------------------------------------------------------------
 
 
-def op_arguments(case, dtype=torch.float32, layout="plain", needs_grad=False):
-    """(positional, keyword) arguments of wce::cross_entropy for a case."""
-    x, target, options = case.build(dtype)
-    reduction = ("none", "mean", "sum").index(options.get("reduction"))
-    keywords = {}
-    if "class_prior" in options:
-        prior = log_prior_of(options["class_prior"], options["tau"])
-        keywords["log_prior"] = prior.to(torch.float64 if dtype == torch.float64 else torch.float32)
-    for name in ("sample_weight", "mask"):
-        if name in options:
-            keywords[name] = options[name]
-    if "normalizer" in options:
-        keywords["normalizer"] = torch.tensor(options["normalizer"])
-    if case.skip_empty:
-        keywords["skip_empty"] = True
-    if case.empty == "zero":
-        keywords["empty_zero"] = True
-    x = as_layout(x, layout).detach().requires_grad_(needs_grad)
-    return (x, target, options.get("weight"), reduction, options.get("ignore_index", -100),
-            case.smoothing), keywords
-
-
 def opcheck(op, args, keywords=None, test_utils=UTILS):
     torch.library.opcheck(op, args, keywords or {}, test_utils=test_utils)
 
@@ -109,6 +87,8 @@ def test_opcheck_forward_and_backward(case, dtype, layout):
     keywords = {k: v for k, v in keywords.items() if k in names}
     grad = torch.randn_like(loss)
     opcheck(ops.backward.default, (grad, x, target, weight, stats, *rest), keywords)
+    if case.reduction != "none":
+        opcheck(ops.value_and_grad.default, (0.5, *args), keywords)
 
 
 @pytest.mark.parametrize("needs", ["grad", "logits", "both"])

@@ -115,6 +115,25 @@ static range task_range(const wce_plan *plan, const wce_problem *p, int64_t task
 
 static const wce_sums no_sums = {.bad_row = -1};
 
+void wce_cpu_weigh(const wce_plan *plan, const wce_problem *p, int64_t task, wce_sums *sums) {
+  range r = task_range(plan, p, task);
+  sums[task] = no_sums;
+  if (r.c0 == 0) wce_cpu_kernels(p->dtype)->weigh(p, r.row0, r.row1, sums + task);
+}
+
+wce_sums wce_cpu_add(const wce_plan *plan, const wce_sums *sums) {
+  wce_sums total = no_sums;
+  for (int64_t t = 0; t < plan->tasks; t++) {
+    total.loss += sums[t].loss;
+    total.weight += sums[t].weight;
+    total.loss2 += sums[t].loss2;
+    total.weight2 += sums[t].weight2;
+    total.count += sums[t].count;
+    if (total.bad_row < 0) total.bad_row = sums[t].bad_row;
+  }
+  return total;
+}
+
 void wce_cpu_forward(const wce_plan *plan, const wce_problem *p, const wce_row_outputs *out,
                      int64_t task, wce_sums *sums, wce_piece *pieces) {
   const wce_kernels *kernels = wce_cpu_kernels(p->dtype);
@@ -129,21 +148,11 @@ void wce_cpu_forward(const wce_plan *plan, const wce_problem *p, const wce_row_o
 
 wce_sums wce_cpu_finish(const wce_plan *plan, const wce_problem *p, const wce_row_outputs *out,
                         const wce_sums *sums, const wce_piece *pieces) {
+  if (plan->regime != WCE_SPLIT) return wce_cpu_add(plan, sums);
   wce_sums total = no_sums;
-  if (plan->regime == WCE_SPLIT) {
-    int64_t rows = p->outer * p->inner, per_row = rows ? plan->pieces / rows : 0;
-    for (int64_t row = 0; row < rows; row++)
-      wce_cpu_kernels(p->dtype)->join(p, out, row, pieces + row * per_row, per_row, &total);
-    return total;
-  }
-  for (int64_t t = 0; t < plan->tasks; t++) {
-    total.loss += sums[t].loss;
-    total.weight += sums[t].weight;
-    total.loss2 += sums[t].loss2;
-    total.weight2 += sums[t].weight2;
-    total.count += sums[t].count;
-    if (total.bad_row < 0) total.bad_row = sums[t].bad_row;
-  }
+  int64_t rows = p->outer * p->inner, per_row = rows ? plan->pieces / rows : 0;
+  for (int64_t row = 0; row < rows; row++)
+    wce_cpu_kernels(p->dtype)->join(p, out, row, pieces + row * per_row, per_row, &total);
   return total;
 }
 
@@ -163,4 +172,16 @@ int64_t wce_cpu_backward(const wce_plan *plan, const wce_problem *p, const wce_r
   if (backward_regime(plan, p, grads) == WCE_TILE)
     return kernels->tile_backward(p, grads, r.row0, r.row1, plan->stream);
   return kernels->rows_backward(p, grads, r.row0, r.row1, r.c0, r.c1, plan->stream);
+}
+
+int64_t wce_cpu_both(const wce_plan *plan, const wce_problem *p, const wce_row_outputs *out,
+                     const wce_row_grads *grads, int64_t task, wce_sums *sums) {
+  const wce_kernels *kernels = wce_cpu_kernels(p->dtype);
+  range r = task_range(plan, p, task);
+  if (backward_regime(plan, p, grads) == WCE_TILE) {
+    sums[task] = no_sums;
+    return kernels->tile_both(p, out, grads, r.row0, r.row1, plan->stream, sums + task);
+  }
+  wce_cpu_forward(plan, p, out, task, sums, NULL);
+  return wce_cpu_backward(plan, p, grads, task);
 }

@@ -9,10 +9,13 @@
 
 /* Kernels of one element type. Row ranges are [row0, row1), column ranges [c0, c1).               */
 typedef struct {
+  void (*weigh)(const wce_problem *, int64_t row0, int64_t row1, wce_sums *);
   void (*tile_forward)(const wce_problem *, const wce_row_outputs *, int64_t row0, int64_t row1,
                        wce_sums *);
   int64_t (*tile_backward)(const wce_problem *, const wce_row_grads *, int64_t row0, int64_t row1,
                            int stream);
+  int64_t (*tile_both)(const wce_problem *, const wce_row_outputs *, const wce_row_grads *,
+                       int64_t row0, int64_t row1, int stream, wce_sums *);
   void (*rows_forward)(const wce_problem *, const wce_row_outputs *, int64_t row0, int64_t row1,
                        wce_sums *);
   int64_t (*rows_backward)(const wce_problem *, const wce_row_grads *, int64_t row0, int64_t row1,

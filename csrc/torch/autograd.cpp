@@ -265,6 +265,29 @@ struct LossCall {
   bool empty_zero, skip_empty, out_fp32;
 };
 
+namespace {
+
+void save_early(AutogradContext *ctx, const Tensor &dx, double upstream) {
+  ctx->saved_data["early"] = dx;
+  ctx->saved_data["upstream"] = upstream;
+}
+
+// The gradient that forward made, if it made one for this upstream gradient; then it is given away. One
+// for another is let go, as its memory serves the next.
+Tensor take_early(AutogradContext *ctx, const Tensor &input, const Tensor &grad) {
+  const bool differentiable = at::GradMode::is_enabled();
+  if (differentiable || !may_be_early(input) || !is_readable(grad)) return {};
+  const double upstream = grad.item<double>();
+  learn_upstream(upstream);
+  const auto early = ctx->saved_data.find("early");
+  if (early == ctx->saved_data.end()) return {};
+  Tensor dx = early->second.toTensor();
+  ctx->saved_data.erase(early);
+  return is_same_upstream(ctx->saved_data["upstream"].toDouble(), upstream) ? dx : Tensor();
+}
+
+} // namespace
+
 // Anomaly mode and error texts print the name.
 class CrossEntropy : public torch::autograd::Function<CrossEntropy> {
 public:
@@ -272,11 +295,21 @@ public:
 
   static Tensor forward(AutogradContext *ctx, const Tensor &input, const LossCall &call) {
     at::AutoDispatchBelowAutograd below;
-    auto [loss, stats] =
-        wce::forward(input, call.target, call.weight, call.reduction, call.ignore_index,
-                     call.label_smoothing, call.log_prior, call.sample_weight, call.mask,
-                     call.normalizer, call.empty_zero, call.skip_empty, call.out_fp32, call.target2,
-                     call.mix);
+    const std::optional<double> upstream =
+        call.reduction == WCE_NONE ? std::nullopt : expected_upstream(input);
+    Tensor loss, stats, dx;
+    if (upstream)
+      std::tie(loss, stats, dx) = wce::value_and_grad(
+          *upstream, input, call.target, call.weight, call.reduction, call.ignore_index,
+          call.label_smoothing, call.log_prior, call.sample_weight, call.mask, call.normalizer,
+          call.empty_zero, call.skip_empty, call.out_fp32, call.target2, call.mix);
+    else
+      std::tie(loss, stats) =
+          wce::forward(input, call.target, call.weight, call.reduction, call.ignore_index,
+                       call.label_smoothing, call.log_prior, call.sample_weight, call.mask,
+                       call.normalizer, call.empty_zero, call.skip_empty, call.out_fp32,
+                       call.target2, call.mix);
+    if (upstream) save_early(ctx, dx, *upstream);
     save_tensors(ctx, {input, call.target, stats, or_undefined(call.weight),
                        or_undefined(call.log_prior), or_undefined(call.sample_weight),
                        or_undefined(call.mask), or_undefined(call.target2), or_undefined(call.mix)});
@@ -289,6 +322,8 @@ public:
     if (!grads[0].defined()) return result;
     const variable_list saved = ctx->get_saved_variables();
     const Numbers numbers = Numbers::load(ctx);
+    if (numbers.reduction != WCE_NONE) result[0] = take_early(ctx, saved[0], grads[0]);
+    if (result[0].defined()) return result;
     result[0] = wce::backward(grads[0], saved[0], saved[1], or_none(saved, 3), saved[2],
                               numbers.reduction, numbers.ignore_index, numbers.label_smoothing,
                               or_none(saved, 4), or_none(saved, 5), or_none(saved, 6),
@@ -509,6 +544,7 @@ TORCH_LIBRARY_IMPL(wce, Autograd, m) {
   m.impl("rows_forward", wce::rows_autograd);
   m.impl("rows_backward", wce::rows_backward_autograd);
   m.impl("forward", torch::autograd::autogradNotImplementedFallback());
+  m.impl("value_and_grad", torch::autograd::autogradNotImplementedFallback());
 }
 
 TORCH_LIBRARY_IMPL(wce, CompositeExplicitAutograd, m) {

@@ -31,11 +31,6 @@
 namespace wce {
 namespace {
 
-bool is_wanted(const char *variable) {
-  const char *value = std::getenv(variable);
-  return value == nullptr || std::strcmp(value, "0") != 0;
-}
-
 // Memory of a block that huge pages can fill; of no bytes where they would be of no use, or where another
 // allocator gave the memory, who may have locked it or told a device.
 struct Span {
@@ -161,12 +156,16 @@ private:
 
 } // namespace
 
+bool is_wanted(const char *variable) {
+  const char *value = std::getenv(variable);
+  return value == nullptr || std::strcmp(value, "0") != 0;
+}
+
 void empty_gradient_cache() { kept().clear(); }
 
 c10::Allocator *gradient_allocator(size_t bytes) {
-  constexpr size_t kept_above = size_t(1) << 20;
   static GradientAllocator *const allocator = new GradientAllocator;
-  return bytes > kept_above ? static_cast<c10::Allocator *>(allocator) : c10::GetCPUAllocator();
+  return bytes > large_gradient ? static_cast<c10::Allocator *>(allocator) : c10::GetCPUAllocator();
 }
 
 } // namespace wce

@@ -22,7 +22,7 @@ using OptTensor = std::optional<at::Tensor>;
 // ---- signatures: one spelling for every registration and every call -----------------------------
 // Int is c10::SymInt in front of the backends and int64_t in kernels that read memory.
 
-// Arguments of cross_entropy, forward and composite.
+// Arguments of cross_entropy, forward, composite and, behind the upstream gradient, value_and_grad.
 #define WCE_LOSS_PARAMS(Int)                                                                       \
   const at::Tensor &input, const at::Tensor &target, const wce::OptTensor &weight,                 \
       int64_t reduction, Int ignore_index, double label_smoothing,                                 \
@@ -67,6 +67,7 @@ using OptTensor = std::optional<at::Tensor>;
       spike, floor, soft, ignore_index, skip_empty, sample_weight, reduction
 
 using LossAndStats = std::tuple<at::Tensor, at::Tensor>;
+using ValueAndGrad = std::tuple<at::Tensor, at::Tensor, at::Tensor>; // loss, stats, gradient
 // loss, stats, lse, log_prob, entropy, correct
 using RowsResult =
     std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
@@ -74,6 +75,7 @@ using RowsResult =
 using LossFn = at::Tensor(WCE_LOSS_PARAMS(c10::SymInt));
 using ForwardFn = LossAndStats(WCE_LOSS_PARAMS(c10::SymInt));
 using BackwardFn = at::Tensor(WCE_BACKWARD_PARAMS(c10::SymInt));
+using ValueAndGradFn = ValueAndGrad(double upstream, WCE_LOSS_PARAMS(c10::SymInt));
 using RowsFn = RowsResult(WCE_ROWS_PARAMS(c10::SymInt));
 using RowsBackwardFn = at::Tensor(WCE_ROWS_BACKWARD_PARAMS(c10::SymInt));
 
@@ -81,6 +83,7 @@ using RowsBackwardFn = at::Tensor(WCE_ROWS_BACKWARD_PARAMS(c10::SymInt));
 LossFn cross_entropy, composite;
 ForwardFn forward;
 BackwardFn backward;
+ValueAndGradFn value_and_grad;
 RowsFn rows_forward, rows_composite;
 RowsBackwardFn rows_backward;
 
@@ -117,6 +120,7 @@ c10::SymInt stats_size(const RowsArgs &args);
 // Raise native's exceptions for arguments that native refuses (CPU, CUDA and Meta alike; shapes may
 // be symbolic), before any memory is touched. ignore_index matters for soft targets only.
 void check_loss(const LossArgs &args, const c10::SymInt &ignore_index);
+void check_value_and_grad(const LossArgs &args, const c10::SymInt &ignore_index);
 void check_backward(const LossArgs &args, const c10::SymInt &ignore_index, const at::Tensor &grad,
                     const at::Tensor &stats);
 void check_rows(const RowsArgs &args);
@@ -230,7 +234,26 @@ private:
 // anything is wrong: arguments.py treats the first and names the last.
 OptTensor scaled_log_prior(const at::Tensor &q, bool is_log, double tau, const at::Tensor &input);
 
+// ---- early_gradient.cpp ------------------------------------------------------------------------
+
+// value_and_grad by the other ops.
+ValueAndGrad forward_then_backward(double upstream, WCE_LOSS_PARAMS(c10::SymInt));
+
+// Whether forward may make the gradient of these logits as well: of large ones on the CPU.
+bool may_be_early(const at::Tensor &input);
+// The upstream gradient that backward will bring, if it can be told. Each forward asks once.
+std::optional<double> expected_upstream(const at::Tensor &input);
+// What backward brought for logits that may_be_early.
+void learn_upstream(double upstream);
+bool is_same_upstream(double a, double b); // to the bit
+
 // ---- gradient_memory.cpp -----------------------------------------------------------------------
+
+// Whether the environment does not forbid it, by VARIABLE=0.
+bool is_wanted(const char *variable);
+
+// Gradients above this do not stay in the caches next to a core.
+constexpr size_t large_gradient = size_t(1) << 20; // bytes
 
 // For a gradient of `bytes` on the CPU: large ones get memory that is kept from step to step.
 c10::Allocator *gradient_allocator(size_t bytes);

@@ -25,14 +25,6 @@ at::Tensor empty(at::IntArrayRef sizes, at::ScalarType type) {
   return at::detail::empty_cpu(sizes, type);
 }
 
-template <class Body> void for_each_task(const wce_plan &plan, const Body &body) {
-  const int64_t grain =
-      std::max<int64_t>(1, elements_per_chunk / std::max<int64_t>(1, plan.work_per_task));
-  at::parallel_for(0, plan.tasks, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; task++) body(task);
-  });
-}
-
 // The problem with the prior also in the order in which the kernels load bfloat16.
 struct Ordered {
   wce_problem c;
@@ -45,28 +37,77 @@ struct Ordered {
   }
 };
 
+// A problem with at least one row, cut into tasks that the threads share.
+class Run {
+public:
+  explicit Run(const Problem &problem)
+      : problem_(problem), ordered_(problem.c), plan_(wce_cpu_plan(&ordered_.c)) {}
+
+  // The sums that need no logits.
+  wce_sums weigh() const {
+    Sums sums = room_for_sums();
+    for_each_task([&](int64_t task) { wce_cpu_weigh(&plan_, &ordered_.c, task, sums.data()); });
+    return wce_cpu_add(&plan_, sums.data());
+  }
+
+  wce_sums forward(const wce_row_outputs &out) const {
+    Sums sums = room_for_sums();
+    std::vector<wce_piece> pieces(plan_.pieces); // no allocation where a row is never split
+    for_each_task([&](int64_t task) {
+      wce_cpu_forward(&plan_, &ordered_.c, &out, task, sums.data(), pieces.data());
+    });
+    return wce_cpu_finish(&plan_, &ordered_.c, &out, sums.data(), pieces.data());
+  }
+
+  void backward(const wce_row_grads &grads) const {
+    std::atomic<int64_t> bad_row{-1};
+    for_each_task([&](int64_t task) {
+      const int64_t bad = wce_cpu_backward(&plan_, &ordered_.c, &grads, task);
+      if (bad >= 0) bad_row.store(bad, std::memory_order_relaxed);
+    });
+    const int64_t bad = bad_row.load();
+    if (bad >= 0) raise_bad_row(problem_.c, problem_.row_shape(), bad);
+  }
+
+  // Forward and backward; targets were checked before, by weigh().
+  wce_sums both(const wce_row_outputs &out, const wce_row_grads &grads) const {
+    if (plan_.regime == WCE_SPLIT) {
+      const wce_sums sums = forward(out);
+      backward(grads);
+      return sums;
+    }
+    Sums sums = room_for_sums();
+    for_each_task([&](int64_t task) {
+      wce_cpu_both(&plan_, &ordered_.c, &out, &grads, task, sums.data());
+    });
+    return wce_cpu_add(&plan_, sums.data());
+  }
+
+private:
+  using Sums = c10::SmallVector<wce_sums, 8>;
+
+  Sums room_for_sums() const {
+    Sums sums;
+    sums.resize(plan_.tasks);
+    return sums;
+  }
+
+  template <class Body> void for_each_task(const Body &body) const {
+    const int64_t grain =
+        std::max<int64_t>(1, elements_per_chunk / std::max<int64_t>(1, plan_.work_per_task));
+    at::parallel_for(0, plan_.tasks, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; task++) body(task);
+    });
+  }
+
+  const Problem &problem_;
+  const Ordered ordered_;
+  const wce_plan plan_;
+};
+
 wce_sums run_forward(const Problem &problem, const wce_row_outputs &out) {
   if (problem.rows == 0) return {0, 0, 0, 0, 0, -1};
-  const Ordered ordered(problem.c);
-  const wce_plan plan = wce_cpu_plan(&ordered.c);
-  c10::SmallVector<wce_sums, 8> sums(plan.tasks);
-  std::vector<wce_piece> pieces(plan.pieces); // no allocation where a row is never split
-  for_each_task(plan, [&](int64_t task) {
-    wce_cpu_forward(&plan, &ordered.c, &out, task, sums.data(), pieces.data());
-  });
-  return wce_cpu_finish(&plan, &ordered.c, &out, sums.data(), pieces.data());
-}
-
-void run_backward(const Problem &problem, const wce_row_grads &grads) {
-  const Ordered ordered(problem.c);
-  const wce_plan plan = wce_cpu_plan(&ordered.c);
-  std::atomic<int64_t> bad_row{-1};
-  for_each_task(plan, [&](int64_t task) {
-    const int64_t bad = wce_cpu_backward(&plan, &ordered.c, &grads, task);
-    if (bad >= 0) bad_row.store(bad, std::memory_order_relaxed);
-  });
-  const int64_t bad = bad_row.load();
-  if (bad >= 0) raise_bad_row(problem.c, problem.row_shape(), bad);
+  return Run(problem).forward(out);
 }
 
 void set_value(const at::Tensor &tensor, double value, int64_t at = 0) {
@@ -110,20 +151,29 @@ LossAndStats forward_no_classes(const LossArgs &args, const Problem &problem, in
   return {std::move(loss), std::move(stats)};
 }
 
-// The denominators, and the loss unless it is per row: in double, rounded once.
-void set_loss(const at::Tensor &loss, const at::Tensor &stats, const wce_sums &sums,
-              const OptTensor &normalizer, int64_t reduction, bool empty_zero, bool is_mixture) {
+struct Denominators {
+  double first, second;
+};
+
+Denominators denominators_of(const wce_sums &sums, const OptTensor &normalizer, int64_t reduction) {
   const auto own = [&](double weight) {
     return reduction == WCE_MEAN ? wce_own_denominator(weight) : weight;
   };
-  const double denominator = normalizer ? normalizer->item().toDouble() : own(sums.weight);
-  const double denominator2 = own(sums.weight2);
-  set_value(stats, denominator);
-  if (is_mixture) set_value(stats, denominator2, stats.numel() - 1);
+  return {normalizer ? normalizer->item().toDouble() : own(sums.weight), own(sums.weight2)};
+}
+
+void set_denominators(const at::Tensor &stats, const Denominators &by, bool is_mixture) {
+  set_value(stats, by.first);
+  if (is_mixture) set_value(stats, by.second, stats.numel() - 1);
+}
+
+// The loss unless it is per row: in double, rounded once.
+void set_loss(const at::Tensor &loss, const wce_sums &sums, const Denominators &by,
+              int64_t reduction, bool empty_zero, bool is_mixture) {
   if (reduction == WCE_SUM) set_value(loss, sums.loss + sums.loss2);
   if (reduction != WCE_MEAN) return;
-  double mean = sums.loss / denominator;
-  if (is_mixture) mean += sums.loss2 / denominator2;
+  double mean = sums.loss / by.first;
+  if (is_mixture) mean += sums.loss2 / by.second;
   set_value(loss, empty_zero && sums.count == 0 ? 0.0 : mean);
 }
 
@@ -145,7 +195,9 @@ LossAndStats forward_cpu(WCE_LOSS_PARAMS(int64_t)) {
 
   const wce_sums sums = run_forward(problem, out);
   if (sums.bad_row >= 0) raise_bad_row(problem.c, target.sizes(), sums.bad_row);
-  set_loss(loss, stats, sums, normalizer, reduction, empty_zero, target2.has_value());
+  const Denominators by = denominators_of(sums, normalizer, reduction);
+  set_denominators(stats, by, target2.has_value());
+  set_loss(loss, sums, by, reduction, empty_zero, target2.has_value());
   return {std::move(loss), std::move(stats)};
 }
 
@@ -167,8 +219,43 @@ at::Tensor backward_cpu(WCE_BACKWARD_PARAMS(int64_t)) {
     grads.denominator = stats.const_data_ptr();
     if (target2) grads.denominator2 = last_value(stats);
   }
-  run_backward(problem, grads);
+  Run(problem).backward(grads);
   return dx.finish();
+}
+
+ValueAndGrad value_and_grad_cpu(double upstream, WCE_LOSS_PARAMS(int64_t)) {
+  const LossArgs args{input,     target,        weight, reduction,  label_smoothing,
+                      log_prior, sample_weight, mask,   normalizer, skip_empty, target2, mix};
+  check_value_and_grad(args, ignore_index);
+  const Problem problem(args, ignore_index);
+  if (problem.rows == 0 || problem.c.classes == 0)
+    return forward_then_backward(upstream, WCE_LOSS_ARGS);
+
+  const Run run(problem);
+  const wce_sums weights = run.weigh(); // gradients are divided by the denominator
+  if (weights.bad_row >= 0) raise_bad_row(problem.c, problem.row_shape(), weights.bad_row);
+  const Denominators by = denominators_of(weights, normalizer, reduction);
+  const bool is_mixture = target2.has_value();
+  at::Tensor stats = empty_stats(args, problem);
+  set_denominators(stats, by, is_mixture);
+
+  Gradient dx(input, problem);
+  wce_row_outputs out{};
+  wce_row_grads grads{};
+  set_saved(out, stats, problem);
+  set_saved(grads, stats, problem);
+  grads.dx = dx.view();
+  grads.grad = &upstream;
+  grads.grad_dtype = WCE_F64;
+  if (reduction == WCE_MEAN) {
+    grads.denominator = stats.const_data_ptr();
+    if (is_mixture) grads.denominator2 = last_value(stats);
+  }
+  const wce_sums sums = run.both(out, grads);
+  const bool soft = problem.c.prob.data != nullptr;
+  at::Tensor loss = empty({}, loss_type(input, target, weight, soft, out_fp32));
+  set_loss(loss, sums, by, reduction, empty_zero, is_mixture);
+  return {std::move(loss), std::move(stats), dx.finish()};
 }
 
 // ---- rows --------------------------------------------------------------------------------------
@@ -203,7 +290,9 @@ RowsResult rows_forward_cpu(WCE_ROWS_PARAMS(int64_t)) {
   out.correct = static_cast<uint8_t *>(pointer(correct, target.has_value()));
   const wce_sums sums = run_forward(problem, out);
   if (sums.bad_row >= 0) raise_bad_row(problem.c, shape, sums.bad_row);
-  set_loss(loss, stats, sums, normalizer, reduction, empty_zero, false);
+  const Denominators by = denominators_of(sums, normalizer, reduction);
+  set_denominators(stats, by, false);
+  set_loss(loss, sums, by, reduction, empty_zero, false);
   return {loss, stats, lse, log_prob, entropies, correct};
 }
 
@@ -221,7 +310,7 @@ at::Tensor rows_backward_cpu(WCE_ROWS_BACKWARD_PARAMS(int64_t)) {
   set_saved(grads, stats, problem);
   if (reduction == WCE_MEAN) grads.denominator = stats.const_data_ptr();
   const RowGrads upstream(grads, problem.acc, grad_loss, grad_lse, grad_log_prob);
-  run_backward(problem, grads);
+  Run(problem).backward(grads);
   return dx.finish();
 }
 
@@ -231,6 +320,7 @@ at::Tensor rows_backward_cpu(WCE_ROWS_BACKWARD_PARAMS(int64_t)) {
 TORCH_LIBRARY_IMPL(wce, CPU, m) {
   m.impl("forward", wce::forward_cpu);
   m.impl("backward", wce::backward_cpu);
+  m.impl("value_and_grad", wce::value_and_grad_cpu);
   m.impl("rows_forward", wce::rows_forward_cpu);
   m.impl("rows_backward", wce::rows_backward_cpu);
 }

@@ -4,11 +4,12 @@
 
 #include "ops.h"
 
-#define WCE_SCHEMA_LOSS                                                                            \
-  "(Tensor input, Tensor target, Tensor? weight=None, int reduction=1, SymInt ignore_index=-100, " \
+#define WCE_SCHEMA_LOSS_ARGS                                                                       \
+  "Tensor input, Tensor target, Tensor? weight=None, int reduction=1, SymInt ignore_index=-100, " \
   "float label_smoothing=0.0, *, Tensor? log_prior=None, Tensor? sample_weight=None, "             \
   "Tensor? mask=None, Tensor? normalizer=None, bool empty_zero=False, bool skip_empty=False, "     \
-  "bool out_fp32=False, Tensor? target2=None, Tensor? mix=None)"
+  "bool out_fp32=False, Tensor? target2=None, Tensor? mix=None"
+#define WCE_SCHEMA_LOSS "(" WCE_SCHEMA_LOSS_ARGS ")"
 #define WCE_SCHEMA_ROWS                                                                            \
   "(Tensor input, Tensor? target, Tensor? target_prob, Tensor? weight, Tensor? log_prior, "        \
   "Tensor? mask, float spike, float floor, float soft, SymInt ignore_index, "                      \
@@ -36,6 +37,10 @@ TORCH_LIBRARY(wce, m) {
         "int reduction, SymInt ignore_index, float label_smoothing, *, Tensor? log_prior=None, "
         "Tensor? sample_weight=None, Tensor? mask=None, bool skip_empty=False, "
         "Tensor? target2=None, Tensor? mix=None) -> Tensor",
+        tags);
+  // Both in one go, for a reduced loss whose upstream gradient is known: the same bits.
+  m.def("value_and_grad(float upstream, " WCE_SCHEMA_LOSS_ARGS
+        ") -> (Tensor loss, Tensor stats, Tensor grad)",
         tags);
 
   // What one pass knows of each row: the loss s * (A*L - sum a(x-m)), per row or reduced as above,
@@ -77,6 +82,11 @@ LossAndStats forward(WCE_LOSS_PARAMS(c10::SymInt)) {
 at::Tensor backward(WCE_BACKWARD_PARAMS(c10::SymInt)) {
   static const auto op = find_op<BackwardFn>("wce::backward");
   return op.call(WCE_BACKWARD_ARGS);
+}
+
+ValueAndGrad value_and_grad(double upstream, WCE_LOSS_PARAMS(c10::SymInt)) {
+  static const auto op = find_op<ValueAndGradFn>("wce::value_and_grad");
+  return op.call(upstream, WCE_LOSS_ARGS);
 }
 
 RowsResult rows_forward(WCE_ROWS_PARAMS(c10::SymInt)) {

@@ -428,7 +428,7 @@ static int64_t nth_task(int64_t i, int64_t tasks, int64_t start, int backwards) 
   return backwards ? tasks - 1 - task : task;
 }
 
-static void run_forward(const wce_plan *plan, const wce_row_outputs *out) {
+static wce_sums run_forward(const wce_plan *plan, const wce_row_outputs *out) {
   wce_sums *sums = buffer(plan->tasks, sizeof *sums);
   wce_piece *pieces = plan->pieces ? buffer(plan->pieces, sizeof *pieces) : NULL;
   int64_t start = plan->tasks ? below(plan->tasks) : 0;
@@ -441,6 +441,7 @@ static void run_forward(const wce_plan *plan, const wce_row_outputs *out) {
   wce_sums total = wce_cpu_finish(plan, &now.p, out, sums, pieces);
   check_sums(&total);
   if (now.p.classes && !any_bad()) check_outputs(out);
+  return total;
 }
 
 /* ---- backward -------------------------------------------------------------------------------- */
@@ -511,7 +512,7 @@ static void check_gradient(const wce_row_grads *grads) {
   }
 }
 
-static void run_backward(const wce_plan *plan, const wce_row_outputs *out) {
+static wce_row_grads run_backward(const wce_plan *plan, const wce_row_outputs *out) {
   wce_row_grads grads = random_grads(out);
   grads.dx = random_view(&now.p, now.p.logits.stride_class == 1, 0);
   int64_t extent = view_extent(&now.p, &grads.dx), bad = -1;
@@ -529,6 +530,56 @@ static void run_backward(const wce_plan *plan, const wce_row_outputs *out) {
   if (now.p.classes && !now.wild && bad != first)
     wrong("bad_row of backward", -1, -1, (double)bad, (double)first, 0);
   if (now.p.classes) check_gaps(&grads.dx, extent), check_gradient(&grads);
+  return grads;
+}
+
+/* ---- both in one go: the same bits ----------------------------------------------------------- */
+
+static void check_weights(const wce_plan *plan, const wce_sums *forward) {
+  wce_sums *sums = buffer(plan->tasks, sizeof *sums);
+  for (int64_t i = 0; i < plan->tasks; i++) wce_cpu_weigh(plan, &now.p, i, sums);
+  wce_sums got = wce_cpu_add(plan, sums);
+  if (memcmp(&got.weight, &forward->weight, sizeof got.weight) && !isnan(forward->weight))
+    wrong("weight before forward", -1, -1, got.weight, forward->weight, 0);
+  if (memcmp(&got.weight2, &forward->weight2, sizeof got.weight2) && !isnan(forward->weight2))
+    wrong("weight2 before forward", -1, -1, got.weight2, forward->weight2, 0);
+  if (got.count != forward->count)
+    wrong("count before forward", -1, -1, (double)got.count, (double)forward->count, 0);
+  if (got.bad_row != forward->bad_row)
+    wrong("bad_row before forward", -1, -1, (double)got.bad_row, (double)forward->bad_row, 0);
+}
+
+static void check_same(const char *what, const void *got, const void *want, wce_dtype dtype,
+                       int64_t count) {
+  int64_t size = dtype_size(dtype);
+  for (int64_t i = 0; want && i < count; i++) {
+    if (!memcmp((const char *)got + i * size, (const char *)want + i * size, (size_t)size)) continue;
+    double a = element(got, dtype, i), b = element(want, dtype, i);
+    if (!isnan(a) || !isnan(b)) wrong(what, -1, i, a, b, 0);
+  }
+}
+
+static void *like(const void *rows, wce_dtype dtype) {
+  return rows ? buffer(now.rows, dtype_size(dtype)) : NULL;
+}
+
+static void run_both(const wce_plan *plan, const wce_row_outputs *out, const wce_row_grads *grads) {
+  wce_dtype acc = acc_dtype(now.p.dtype);
+  wce_row_outputs again = {.loss_dtype = out->loss_dtype, .loss = like(out->loss, out->loss_dtype),
+                           .max = like(out->max, acc), .log_sum = like(out->log_sum, acc),
+                           .coef_sum = like(out->coef_sum, acc), .entropy = like(out->entropy, acc)};
+  wce_row_grads g = *grads;
+  if (g.max) g.max = again.max, g.log_sum = again.log_sum, g.coef_sum = again.coef_sum;
+  int64_t extent = view_extent(&now.p, &g.dx);
+  g.dx.data = buffer(extent, dtype_size(now.p.dtype));
+  wce_sums *sums = buffer(plan->tasks, sizeof *sums);
+  for (int64_t i = 0; i < plan->tasks; i++) wce_cpu_both(plan, &now.p, &again, &g, i, sums);
+  check_same("loss in one go", again.loss, out->loss, out->loss_dtype, now.rows);
+  check_same("max in one go", again.max, out->max, acc, now.rows);
+  check_same("log_sum in one go", again.log_sum, out->log_sum, acc, now.rows);
+  check_same("coef_sum in one go", again.coef_sum, out->coef_sum, acc, now.rows);
+  check_same("entropy in one go", again.entropy, out->entropy, acc, now.rows);
+  check_same("dx in one go", g.dx.data, grads->dx.data, now.p.dtype, extent);
 }
 
 /* ---- all cases ------------------------------------------------------------------------------- */
@@ -548,8 +599,10 @@ static void run_case(uint64_t seed) {
     wce_plan plan = wce_cpu_plan(&now.p);
     if (below(2)) plan.stream = 1; /* also small gradients go through the stage                 */
     wce_row_outputs out = random_outputs();
-    run_forward(&plan, &out);
-    run_backward(&plan, &out);
+    wce_sums total = run_forward(&plan, &out);
+    wce_row_grads grads = run_backward(&plan, &out);
+    check_weights(&plan, &total);
+    if (plan.regime != WCE_SPLIT) run_both(&plan, &out, &grads);
     release_buffers(keep);
   }
   release_buffers(0);

@@ -1,0 +1,381 @@
+"""Forward that makes the gradient as well: when it does, and that only the clock can tell."""
+
+import itertools
+
+import pytest
+import torch
+from conftest import ISAS
+from helpers import op_arguments, peak_bytes, run_python
+from reference import DTYPES, SMALL_CASES, SMALL_FEATURE_CASES, Case, as_layout, same_bits
+from torch.utils.checkpoint import checkpoint
+
+import wce_torch
+
+ce = wce_torch.cross_entropy
+ops = torch.ops.wce
+
+# ---- the op: bits of forward and backward --------------------------------------------------------
+
+# Both sides of every border between ways through the kernels; more rows than a batch has.
+SHAPES = [(600, 2), (600, 5), (300, 19), (300, 31), (300, 32), (300, 33), (300, 40), (300, 44),
+          (70, 100), (70, 1000), (5, 5000), (3, 40_000), (2, 2, 17, 17), (2, 5, 16, 32),
+          (2, 19, 300), (2, 32, 290), (1, 40, 512), (1, 41, 300), (2, 150, 260)]
+BODIES = {
+    "plain": {}, "weighted": {"weight": "signed", "ignore": "outside"},
+    "sum": {"weight": "positive", "reduction": "sum"},
+    "smooth": {"weight": "positive", "smoothing": 0.1},
+    "soft": {"soft": True, "weight": "positive"},
+    "prior": {"prior": True, "sample_weight": True, "mask": True},
+    "normalizer": {"weight": "positive", "normalizer": True},
+}
+SMALL = [case for case in SMALL_CASES + SMALL_FEATURE_CASES if case.reduction != "none"]
+
+
+def apart(upstream, x, target, weight, reduction, ignored, smoothing, **keywords):
+    """What value_and_grad gives, by forward and backward."""
+    loss, stats = ops.forward(x, target, weight, reduction, ignored, smoothing, **keywords)
+    names = ("log_prior", "sample_weight", "mask", "skip_empty", "target2", "mix")
+    backward = {k: v for k, v in keywords.items() if k in names}
+    grad = torch.tensor(upstream, dtype=loss.dtype)
+    return loss, stats, ops.backward(grad, x, target, weight, stats, reduction, ignored, smoothing,
+                                     **backward)
+
+
+def check_op(args, keywords, upstream=1.0):
+    got, want = ops.value_and_grad(upstream, *args, **keywords), apart(upstream, *args, **keywords)
+    assert want[2].isfinite().any()
+    for one, other in zip(got, want, strict=True):
+        assert same_bits(one, other) and one.stride() == other.stride()
+
+
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("body", BODIES)
+def test_bits(isa, dtype, body):
+    for shape in SHAPES:
+        check_op(*op_arguments(Case(shape, **BODIES[body]), DTYPES[dtype]), upstream=0.25)
+
+
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+@pytest.mark.parametrize("layout", ["plain", "class_last", "class_first", "misaligned", "strided"])
+def test_bits_of_layouts(isa, layout):
+    for shape in ((3, 19, 5, 23), (2, 40, 300), (2, 5, 16, 16)):
+        check_op(*op_arguments(Case(shape, weight="positive"), torch.float32, layout))
+
+
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+@pytest.mark.parametrize("kind", ["tile", "rows", "split"])
+def test_bits_of_forced_regimes(isa, kind, regime):
+    regime(kind)
+    for shape, body in itertools.product(SHAPES, ("weighted", "smooth", "prior")):
+        check_op(*op_arguments(Case(shape, **BODIES[body]), torch.float32))
+
+
+@pytest.mark.parametrize("case", SMALL, ids=lambda case: case.id)
+def test_bits_of_small_cases(case):
+    for dtype in DTYPES.values():
+        check_op(*op_arguments(case, dtype), upstream=-3.0)
+
+
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+@pytest.mark.parametrize("reduction", [1, 2])
+def test_bits_of_mixtures(isa, reduction):
+    for shape in SHAPES:
+        args, _ = op_arguments(Case(shape, weight="positive"))
+        y2 = torch.randint_like(args[1], shape[1])
+        check_op((*args[:3], reduction, *args[4:]), {"target2": y2, "mix": torch.tensor(0.3)})
+
+
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+def test_bits_of_large_gradients(isa):
+    """Above 16 MiB gradients go past the caches."""
+    for shape in ((300_000, 19), (2, 19, 512, 512), (5000, 1000), (1, 150, 300, 300)):
+        check_op(*op_arguments(Case(shape, weight="positive")))
+
+
+def test_bits_of_special_values():
+    for value, shape in itertools.product((torch.inf, -torch.inf, torch.nan), SHAPES):
+        args, keywords = op_arguments(Case(shape, weight="positive"))
+        args[0][0, 1] = value
+        args[0][-1] = -torch.inf
+        got, want = ops.value_and_grad(1.0, *args), apart(1.0, *args)
+        torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+
+
+def test_same_bits_for_any_number_of_threads():
+    for shape in ((50_000, 10), (600, 1000), (2, 19, 200, 200), (2, 150, 64, 64), (3, 200_000)):
+        args, _ = op_arguments(Case(shape, weight="positive"), torch.float64)
+        torch.set_num_threads(1)
+        want = ops.value_and_grad(1.0, *args)
+        torch.set_num_threads(3)
+        assert all(map(same_bits, ops.value_and_grad(1.0, *args), want))
+
+
+def test_errors_of_the_op():
+    x, y = torch.randn(300, 5), torch.randint(5, (300,))
+    with pytest.raises(RuntimeError, match=r"reduction: expected 1 \(mean\) or 2 \(sum\), got 0"):
+        ops.value_and_grad(1.0, x, y, None, 0)
+    for reduction in (1, 2):
+        with pytest.raises(IndexError, match=r"Target 7 is out of bounds. \(position \[299\]"):
+            ops.value_and_grad(1.0, x, torch.where(torch.arange(300) == 299, 7, y), None, reduction)
+        check_op((x, y, None, reduction, -100, 0.0), {})
+
+
+# ---- when forward does so ------------------------------------------------------------------------
+
+ROWS, CLASSES = 1200, 300  # 1.4 MB
+
+
+@pytest.fixture
+def problem():
+    """(logits, target, weight), and nothing to be expected of what other tests did."""
+    x = torch.randn(ROWS, CLASSES, requires_grad=True)
+    y, w = torch.randint(CLASSES, (ROWS,)), torch.rand(CLASSES) + 0.5
+    forget(x, y)
+    return x, y, w
+
+
+def forget(x, y):
+    """Two upstream gradients that differ: the next one is not expected."""
+    for g in (0.125, 0.375):
+        torch.autograd.grad(ce(x, y), x, torch.tensor(g, dtype=ce(x.detach(), y).dtype))
+
+
+def learn(x, y, w, g=1.0):
+    """Afterwards the next forward expects g. Returns what the gradient is."""
+    for _ in range(2):
+        loss = ce(x, y, w)
+        dx, = torch.autograd.grad(loss, x, torch.tensor(g, dtype=loss.dtype))
+    return dx
+
+
+def names_of_ops(function):
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        function()
+    names = ("wce::forward", "wce::backward", "wce::value_and_grad")
+    return [e.name for e in profile.events() if e.name in names]
+
+
+APART, EARLY, WRONG = (["wce::forward", "wce::backward"], ["wce::value_and_grad"],
+                       ["wce::value_and_grad", "wce::backward"])
+
+
+def test_the_third_step_is_early(problem):
+    x, y, w = problem
+    steps, gradients = [], []
+
+    def step():
+        ce(x, y, w).backward()
+        gradients.append(x.grad)
+        x.grad = None
+
+    for _ in range(5):
+        steps.append(names_of_ops(step))
+    assert steps == [APART, APART, EARLY, EARLY, EARLY]
+    assert all(same_bits(g, gradients[0]) for g in gradients)
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16", "f16", "f64"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_wrong_guesses_change_no_bit(problem, dtype, autocast):
+    """Loss scales that come and go: what was expected is that of the step before."""
+    x, y, w = problem
+    x = x.detach().to(DTYPES[dtype]).repeat(2, 1).requires_grad_()
+    y = y.repeat(2)
+    w = w.to(x.dtype) if dtype == "f64" else w
+    forget(x, y)
+    for g, want in ((1.0, APART), (1.0, APART), (2.0, WRONG), (2.0, APART), (2.0, EARLY),
+                    (1 / 3, WRONG), (0.0, APART), (0.0, APART), (-0.0, WRONG), (1.0, APART)):
+        grads = []
+
+        def step(g=g, grads=grads):
+            with torch.autocast("cpu", enabled=autocast):
+                loss = ce(x, y, w)
+            grads += torch.autograd.grad(loss, x, torch.tensor(g, dtype=loss.dtype))
+
+        assert names_of_ops(step) == want, g
+        stats = ops.forward(x.detach(), y, w, out_fp32=autocast and dtype != "f64")
+        again = ops.backward(torch.tensor(g, dtype=stats[0].dtype), x.detach(), y, w, stats[1], 1,
+                             -100, 0.0)
+        assert same_bits(grads[0], again)
+
+
+def test_only_one_gradient_waits(problem):
+    x, y, w = problem
+    learn(x, y, w)
+    losses = []
+    assert names_of_ops(lambda: losses.extend(ce(x, y, w) for _ in range(3))) == [
+        "wce::value_and_grad", "wce::forward", "wce::forward"]
+    assert names_of_ops(sum(losses).backward) == ["wce::backward"] * 2
+
+
+def test_a_forward_without_backward_is_forgiven_once(problem):
+    x, y, w = problem
+    learn(x, y, w)
+    forwards = lambda: [ce(x, y, w) for _ in range(3)]  # noqa: E731
+    assert names_of_ops(forwards).count("wce::value_and_grad") == 1
+    step = lambda: ce(x, y, w).backward()  # noqa: E731
+    assert names_of_ops(step) == APART
+    assert names_of_ops(step) == EARLY
+
+
+def test_not_for_small_logits_losses_per_row_and_calls_without_gradient(problem):
+    x, y, w = problem
+    small = x.detach()[:300].requires_grad_()
+    learn(x, y, w)
+    for call in (lambda: ce(small, y[:300], w), lambda: ce(x, y, w, reduction="none"),
+                 lambda: ce(x.detach(), y, w)):
+        assert names_of_ops(call) == ["wce::forward"]
+    with torch.no_grad():
+        assert names_of_ops(lambda: ce(x, y, w)) == ["wce::forward"]
+    assert names_of_ops(lambda: ce(x, y, w)) == ["wce::value_and_grad"]
+
+
+def test_not_where_saved_tensors_are_watched(problem):
+    """A checkpoint runs forward twice; offloading moves what is saved, which this is not."""
+    x, y, w = problem
+    want = learn(x, y, w)
+    step = lambda: checkpoint(ce, x, y, w, use_reentrant=False).backward()  # noqa: E731
+    assert "wce::value_and_grad" not in names_of_ops(step)
+    assert same_bits(x.grad, want)
+    with torch.autograd.graph.save_on_cpu():
+        assert names_of_ops(lambda: ce(x, y, w)) == ["wce::forward"]
+    assert names_of_ops(lambda: ce(x, y, w)) == ["wce::value_and_grad"]
+
+
+def test_not_in_compiled_code(problem):
+    x, y, w = problem
+    want = learn(x, y, w)
+    call = torch.compile(ce, backend="aot_eager", fullgraph=True)
+    assert "wce::value_and_grad" not in names_of_ops(lambda: call(x, y, w).backward())
+    assert same_bits(x.grad, want)
+
+
+def test_environment_variable():
+    code = """
+        import torch, wce_torch
+        x, y = torch.randn(1200, 300, requires_grad=True), torch.randint(300, (1200,))
+        with torch.profiler.profile() as profile:
+            for _ in range(4):
+                wce_torch.cross_entropy(x, y).backward()
+        print(sum(e.name == "wce::value_and_grad" for e in profile.events()))
+    """
+    for value, count in (("0", "0"), ("1", "2")):
+        done = run_python(code, WCE_EARLY_GRADIENT=value)
+        assert done.stdout.strip() == count, done.stderr
+
+
+# ---- what autograd promises ----------------------------------------------------------------------
+
+
+def early(x, y, w):
+    """A loss whose gradient waits."""
+    learn(x, y, w)
+    losses = []
+    assert names_of_ops(lambda: losses.append(ce(x, y, w))) == ["wce::value_and_grad"]
+    return losses[0]
+
+
+def test_each_backward_gets_a_gradient_of_its_own(problem):
+    x, y, w = problem
+    loss = early(x, y, w)
+    want = learn(x, y, w)
+    first, = torch.autograd.grad(loss, x, retain_graph=True)
+    first.zero_()
+    second, = torch.autograd.grad(loss, x, retain_graph=True)
+    third, = torch.autograd.grad(loss, x)
+    assert same_bits(second, want) and same_bits(third, want)
+    assert len({t.data_ptr() for t in (first, second, third)}) == 3
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(loss, x)
+
+
+def test_gradients_of_the_gradient(problem):
+    x, y, w = problem
+    loss = early(x, y, w)
+    dx, = torch.autograd.grad(loss, x, create_graph=True)
+    got, = torch.autograd.grad(dx.square().sum(), x)
+    reference = torch.nn.functional.cross_entropy(x, y, w)
+    dx, = torch.autograd.grad(reference, x, create_graph=True)
+    want, = torch.autograd.grad(dx.square().sum(), x)
+    torch.testing.assert_close(got, want)
+
+
+def test_batched_gradients(problem):
+    x, y, w = problem
+    want = learn(x, y, w)
+    loss = early(x, y, w)
+    both, = torch.autograd.grad(loss, x, torch.tensor([1.0, 2.0]), is_grads_batched=True)
+    torch.testing.assert_close(both, torch.stack([want, 2 * want]))
+
+
+def test_logits_that_were_changed_are_noticed(problem):
+    x, y, w = problem
+    shifted = x * 1.0
+    learn(x, y, w)
+    loss = ce(shifted, y, w)
+    shifted.add_(1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_compiled_autograd(problem):
+    x, y, w = problem
+    want = learn(x, y, w)
+    loss = early(x, y, w)
+    with torch._dynamo.compiled_autograd._enable(
+            torch.compile(backend="aot_eager", fullgraph=True)):
+        loss.backward()
+    assert same_bits(x.grad, want)
+
+
+def test_hooks_see_and_change_upstream_gradients(problem):
+    x, y, w = problem
+    want = learn(x, y, w)
+    loss = early(x, y, w)
+    loss.register_hook(lambda g: 2 * g)
+    loss.backward()
+    assert same_bits(x.grad, learn(x, y, w, g=2.0)) and not same_bits(x.grad, want)
+
+
+def test_targets_are_checked(problem):
+    x, y, w = problem
+    want = learn(x, y, w)
+    bad = y.clone()
+    bad[7] = CLASSES
+    with pytest.raises(IndexError, match="Target 300 is out of bounds"):
+        ce(x, bad, w)
+    ce(x, y, w).backward()
+    assert same_bits(x.grad, want)
+
+
+@pytest.mark.parametrize("layout", ["plain", "class_last"])
+def test_memory_is_that_of_one_gradient(layout):
+    """Also where it becomes a leaf's .grad, which is no copy."""
+    x, y = as_layout(torch.randn(4, 20, 200, 200), layout), torch.randint(20, (4, 200, 200))
+    x.requires_grad_()
+
+    def step():
+        if layout == "plain":
+            ce(x, y).backward()
+            x.grad = None
+        else:
+            torch.autograd.grad(ce(x, y), x)
+
+    for _ in range(3):
+        step()
+    assert names_of_ops(step) == EARLY
+    assert peak_bytes(step) <= 1.01 * x.nbytes
+
+
+def test_a_graph_that_is_dropped_frees_its_gradient(problem):
+    x, y, w = problem
+    learn(x, y, w)
+    wce_torch.empty_cache()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU],
+                                profile_memory=True) as profile:
+        ce(x, y, w)
+        wce_torch.empty_cache()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    sizes = [e.nbytes() for e in events]
+    assert max(sizes) >= x.nbytes and sum(sizes) == 0
