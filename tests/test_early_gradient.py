@@ -87,6 +87,27 @@ def test_bits_of_mixtures(isa, reduction):
 
 
 @pytest.mark.parametrize("isa", ISAS, indirect=True)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("entropy", [False, True])
+def test_bits_of_rows(isa, dtype, entropy):
+    """rows_value_and_grad: every result of rows_forward, and the gradient of the loss alone."""
+    for shape, soft, floor in itertools.product(SHAPES, (False, True), (0.0, 0.01)):
+        (x, y, w, reduction, ignored, _), options = op_arguments(
+            Case(shape, soft=soft, weight="positive", prior=True, mask=True), DTYPES[dtype])
+        targets = (None, y) if soft else (y, None)
+        rest = (w, options["log_prior"], options["mask"])
+        numbers = (0.0 if soft else 0.9, floor, 0.9 if soft else 0.0, ignored, False)
+        want = ops.rows_forward(x, *targets, *rest, *numbers, entropy, reduction=reduction)
+        dx = ops.rows_backward(torch.tensor(0.25, dtype=want[0].dtype), None, None, x, *targets,
+                               *rest, want[1], *numbers, reduction=reduction)
+        got = ops.rows_value_and_grad(0.25, x, *targets, *rest, *numbers, entropy,
+                                      reduction=reduction)
+        for one, other in zip(got, (*want, dx), strict=True):
+            equal = torch.equal if one.dtype == torch.bool else same_bits
+            assert equal(one, other) and one.stride() == other.stride()
+
+
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
 def test_bits_of_large_gradients(isa):
     """Above 16 MiB gradients go past the caches."""
     for shape in ((300_000, 19), (2, 19, 512, 512), (5000, 1000), (1, 150, 300, 300)):
@@ -113,6 +134,8 @@ def test_same_bits_for_any_number_of_threads():
 
 def test_errors_of_the_op():
     x, y = torch.randn(300, 5), torch.randint(5, (300,))
+    with pytest.raises(RuntimeError, match="reduction: expected 1"):
+        ops.rows_value_and_grad(1.0, x, y, None, None, None, None, 1.0, 0.0, 0.0, -100, False, True)
     with pytest.raises(RuntimeError, match=r"reduction: expected 1 \(mean\) or 2 \(sum\), got 0"):
         ops.value_and_grad(1.0, x, y, None, 0)
     for reduction in (1, 2):
@@ -152,7 +175,8 @@ def learn(x, y, w, g=1.0):
 def names_of_ops(function):
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         function()
-    names = ("wce::forward", "wce::backward", "wce::value_and_grad")
+    names = ("wce::forward", "wce::backward", "wce::value_and_grad", "wce::rows_forward",
+             "wce::rows_backward", "wce::rows_value_and_grad")
     return [e.name for e in profile.events() if e.name in names]
 
 
@@ -263,6 +287,36 @@ def test_environment_variable():
     for value, count in (("0", "0"), ("1", "2")):
         done = run_python(code, WCE_EARLY_GRADIENT=value)
         assert done.stdout.strip() == count, done.stderr
+
+
+def test_statistics_beside_the_loss(problem):
+    """Early while only the loss has a gradient; one of lse is nothing that could be expected."""
+    x, y, w = problem
+    gradients, steps = [], []
+
+    def step(z=0.0):
+        stats = wce_torch.cross_entropy_with_stats(x, y, w)
+        loss = stats.loss + z * stats.lse.square().mean() if z else stats.loss
+        gradients.extend(torch.autograd.grad(loss, x))
+
+    for z in (0.0, 0.0, 0.0, 1e-3, 1e-3, 1e-3, 0.0, 0.0, 0.0):
+        steps.append(names_of_ops(lambda z=z: step(z)))
+    apart = ["wce::rows_forward", "wce::rows_backward"]
+    early = ["wce::rows_forward", "wce::rows_value_and_grad"]  # the public op, and what it calls
+    wrong = [*early, "wce::rows_backward"]
+    assert steps == [apart, apart, early, wrong, apart, apart, apart, apart, early]
+    for first, others in ((0, (1, 2, 6, 7, 8)), (3, (4, 5))):
+        assert all(same_bits(gradients[first], gradients[i]) for i in others)
+    assert not same_bits(gradients[0], gradients[3])
+
+
+def test_a_gradient_of_a_row_result_alone(problem):
+    """Then the loss has no upstream gradient at all."""
+    x, y, w = problem
+    learn(x, y, w)
+    stats = wce_torch.cross_entropy_with_stats(x, y, w)
+    dx, = torch.autograd.grad(stats.lse.sum(), x)
+    torch.testing.assert_close(dx, x.detach().softmax(1))
 
 
 # ---- what autograd promises ----------------------------------------------------------------------

@@ -143,6 +143,7 @@ def test_opcheck_rows(dtype, layout, soft, needs_grad):
     opcheck(ops.rows_forward.default, tuple(args))
     if needs_grad:
         return
+    opcheck(ops.rows_value_and_grad.default, (0.5, *args), {"reduction": 1})
     loss, stats, lse, log_prob, *_ = ops.rows_forward(*args)
     grads = [torch.randn_like(t) if t.dim() > 1 else None for t in (loss, lse, log_prob)]
     rest = [*args[1:6], stats, *args[6:11]]

@@ -272,18 +272,21 @@ void save_early(AutogradContext *ctx, const Tensor &dx, double upstream) {
   ctx->saved_data["upstream"] = upstream;
 }
 
-// The gradient that forward made, if it made one for this upstream gradient; then it is given away. One
-// for another is let go, as its memory serves the next.
-Tensor take_early(AutogradContext *ctx, const Tensor &input, const Tensor &grad) {
+// The gradient that forward made, if it made one for this upstream gradient of the loss and no other
+// result has one; then it is given away. One for something else is let go, as its memory serves the next.
+Tensor take_early(AutogradContext *ctx, const Tensor &input, const Tensor &grad, bool others) {
+  if (!may_be_early(input)) return {};
   const bool differentiable = at::GradMode::is_enabled();
-  if (differentiable || !may_be_early(input) || !is_readable(grad)) return {};
-  const double upstream = grad.item<double>();
-  learn_upstream(upstream);
+  const bool known = grad.defined() && is_readable(grad) && !others && !differentiable;
+  const double upstream = known ? grad.item<double>() : 0;
+  if (known) learn_upstream(upstream);
+  else learn_nothing();
   const auto early = ctx->saved_data.find("early");
   if (early == ctx->saved_data.end()) return {};
   Tensor dx = early->second.toTensor();
   ctx->saved_data.erase(early);
-  return is_same_upstream(ctx->saved_data["upstream"].toDouble(), upstream) ? dx : Tensor();
+  const bool fits = known && is_same_upstream(ctx->saved_data["upstream"].toDouble(), upstream);
+  return fits ? dx : Tensor();
 }
 
 } // namespace
@@ -322,7 +325,7 @@ public:
     if (!grads[0].defined()) return result;
     const variable_list saved = ctx->get_saved_variables();
     const Numbers numbers = Numbers::load(ctx);
-    if (numbers.reduction != WCE_NONE) result[0] = take_early(ctx, saved[0], grads[0]);
+    if (numbers.reduction != WCE_NONE) result[0] = take_early(ctx, saved[0], grads[0], false);
     if (result[0].defined()) return result;
     result[0] = wce::backward(grads[0], saved[0], saved[1], or_none(saved, 3), saved[2],
                               numbers.reduction, numbers.ignore_index, numbers.label_smoothing,
@@ -407,11 +410,22 @@ public:
 
   static variable_list forward(AutogradContext *ctx, const Tensor &input, const RowsCall &call) {
     at::AutoDispatchBelowAutograd below;
-    Tensor loss, lse, log_prob;
-    std::tie(loss, call.stats, lse, log_prob, call.entropy, call.correct) = wce::rows_forward(
-        input, call.target, call.target_prob, call.weight, call.log_prior, call.mask, call.spike,
-        call.floor, call.soft, call.ignore_index, call.skip_empty, call.wants_entropy,
-        call.sample_weight, call.normalizer, call.reduction, call.empty_zero);
+    const std::optional<double> upstream =
+        call.reduction == WCE_NONE ? std::nullopt : expected_upstream(input);
+    Tensor loss, lse, log_prob, dx;
+    if (upstream)
+      std::tie(loss, call.stats, lse, log_prob, call.entropy, call.correct, dx) =
+          wce::rows_value_and_grad(*upstream, input, call.target, call.target_prob, call.weight,
+                                   call.log_prior, call.mask, call.spike, call.floor, call.soft,
+                                   call.ignore_index, call.skip_empty, call.wants_entropy,
+                                   call.sample_weight, call.normalizer, call.reduction,
+                                   call.empty_zero);
+    else
+      std::tie(loss, call.stats, lse, log_prob, call.entropy, call.correct) = wce::rows_forward(
+          input, call.target, call.target_prob, call.weight, call.log_prior, call.mask, call.spike,
+          call.floor, call.soft, call.ignore_index, call.skip_empty, call.wants_entropy,
+          call.sample_weight, call.normalizer, call.reduction, call.empty_zero);
+    if (upstream) save_early(ctx, dx, *upstream);
     save_tensors(ctx, {input, call.stats, or_undefined(call.target), or_undefined(call.weight),
                        or_undefined(call.target_prob), or_undefined(call.log_prior),
                        or_undefined(call.mask), or_undefined(call.sample_weight)});
@@ -426,6 +440,9 @@ public:
     const Numbers numbers = Numbers::load(ctx);
     const OptTensor target = or_none(saved, 2);
     variable_list result(2);
+    if (numbers.reduction != WCE_NONE)
+      result[0] = take_early(ctx, saved[0], grads[0], grads[1].defined() || grads[2].defined());
+    if (result[0].defined()) return result;
     result[0] = wce::rows_backward(
         or_none(grads, 0), or_none(grads, 1),
         target ? or_none(grads, 2) : OptTensor(), // else of shape (0), as log_prob
@@ -545,6 +562,7 @@ TORCH_LIBRARY_IMPL(wce, Autograd, m) {
   m.impl("rows_backward", wce::rows_backward_autograd);
   m.impl("forward", torch::autograd::autogradNotImplementedFallback());
   m.impl("value_and_grad", torch::autograd::autogradNotImplementedFallback());
+  m.impl("rows_value_and_grad", torch::autograd::autogradNotImplementedFallback());
 }
 
 TORCH_LIBRARY_IMPL(wce, CompositeExplicitAutograd, m) {

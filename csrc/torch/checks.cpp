@@ -286,9 +286,8 @@ void check_loss(const LossArgs &args, const SymInt &ignore_index) {
   check_mixture(args);
 }
 
-void check_value_and_grad(const LossArgs &args, const c10::SymInt &ignore_index) {
-  TORCH_CHECK(args.reduction != WCE_NONE, "reduction: expected 1 (mean) or 2 (sum), got 0 (none)");
-  check_loss(args, ignore_index);
+void check_reduced(int64_t reduction) {
+  TORCH_CHECK(reduction != WCE_NONE, "reduction: expected 1 (mean) or 2 (sum), got 0 (none)");
 }
 
 void check_backward(const LossArgs &args, const SymInt &ignore_index, const at::Tensor &grad,

@@ -56,6 +56,11 @@ void learn_upstream(double upstream) {
   is_expected.store(is_same_upstream(last_upstream.exchange(upstream), upstream));
 }
 
+void learn_nothing() {
+  is_expected.store(false);
+  last_upstream.store(std::numeric_limits<double>::quiet_NaN());
+}
+
 ValueAndGrad forward_then_backward(double upstream, WCE_LOSS_PARAMS(c10::SymInt)) {
   auto [loss, stats] = forward(WCE_LOSS_ARGS);
   const at::Tensor grad = at::full({}, upstream, loss.options());
@@ -65,8 +70,19 @@ ValueAndGrad forward_then_backward(double upstream, WCE_LOSS_PARAMS(c10::SymInt)
   return {std::move(loss), std::move(stats), std::move(dx)};
 }
 
+RowsAndGrad rows_forward_then_backward(double upstream, WCE_ROWS_PARAMS(c10::SymInt)) {
+  const auto [loss, stats, lse, log_prob, entropies, correct] = rows_forward(WCE_ROWS_ARGS);
+  const at::Tensor grad = at::full({}, upstream, loss.options());
+  const at::Tensor dx =
+      rows_backward(grad, std::nullopt, std::nullopt, input, target, target_prob, weight, log_prior,
+                    mask, stats, spike, floor, soft, ignore_index, skip_empty, sample_weight,
+                    reduction);
+  return {loss, stats, lse, log_prob, entropies, correct, dx};
+}
+
 } // namespace wce
 
 TORCH_LIBRARY_IMPL(wce, CompositeExplicitAutograd, m) {
   m.impl("value_and_grad", wce::forward_then_backward);
+  m.impl("rows_value_and_grad", wce::rows_forward_then_backward);
 }

@@ -43,7 +43,7 @@ using OptTensor = std::optional<at::Tensor>;
   grad, input, target, weight, stats, reduction, ignore_index, label_smoothing, log_prior,         \
       sample_weight, mask, skip_empty, target2, mix
 
-// Arguments of rows_forward and rows_composite.
+// Arguments of rows_forward, rows_composite and, behind the upstream gradient, rows_value_and_grad.
 #define WCE_ROWS_PARAMS(Int)                                                                       \
   const at::Tensor &input, const wce::OptTensor &target, const wce::OptTensor &target_prob,        \
       const wce::OptTensor &weight, const wce::OptTensor &log_prior,                               \
@@ -71,6 +71,9 @@ using ValueAndGrad = std::tuple<at::Tensor, at::Tensor, at::Tensor>; // loss, st
 // loss, stats, lse, log_prob, entropy, correct
 using RowsResult =
     std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+// The same and the gradient.
+using RowsAndGrad = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor,
+                               at::Tensor, at::Tensor>;
 
 using LossFn = at::Tensor(WCE_LOSS_PARAMS(c10::SymInt));
 using ForwardFn = LossAndStats(WCE_LOSS_PARAMS(c10::SymInt));
@@ -78,6 +81,7 @@ using BackwardFn = at::Tensor(WCE_BACKWARD_PARAMS(c10::SymInt));
 using ValueAndGradFn = ValueAndGrad(double upstream, WCE_LOSS_PARAMS(c10::SymInt));
 using RowsFn = RowsResult(WCE_ROWS_PARAMS(c10::SymInt));
 using RowsBackwardFn = at::Tensor(WCE_ROWS_BACKWARD_PARAMS(c10::SymInt));
+using RowsAndGradFn = RowsAndGrad(double upstream, WCE_ROWS_PARAMS(c10::SymInt));
 
 // Calls through the dispatcher (schema.cpp).
 LossFn cross_entropy, composite;
@@ -86,6 +90,7 @@ BackwardFn backward;
 ValueAndGradFn value_and_grad;
 RowsFn rows_forward, rows_composite;
 RowsBackwardFn rows_backward;
+RowsAndGradFn rows_value_and_grad;
 
 // ---- checks.cpp --------------------------------------------------------------------------------
 
@@ -120,7 +125,7 @@ c10::SymInt stats_size(const RowsArgs &args);
 // Raise native's exceptions for arguments that native refuses (CPU, CUDA and Meta alike; shapes may
 // be symbolic), before any memory is touched. ignore_index matters for soft targets only.
 void check_loss(const LossArgs &args, const c10::SymInt &ignore_index);
-void check_value_and_grad(const LossArgs &args, const c10::SymInt &ignore_index);
+void check_reduced(int64_t reduction); // for value_and_grad
 void check_backward(const LossArgs &args, const c10::SymInt &ignore_index, const at::Tensor &grad,
                     const at::Tensor &stats);
 void check_rows(const RowsArgs &args);
@@ -236,8 +241,9 @@ OptTensor scaled_log_prior(const at::Tensor &q, bool is_log, double tau, const a
 
 // ---- early_gradient.cpp ------------------------------------------------------------------------
 
-// value_and_grad by the other ops.
+// value_and_grad and rows_value_and_grad by the other ops.
 ValueAndGrad forward_then_backward(double upstream, WCE_LOSS_PARAMS(c10::SymInt));
+RowsAndGrad rows_forward_then_backward(double upstream, WCE_ROWS_PARAMS(c10::SymInt));
 
 // Whether forward may make the gradient of these logits as well: of large ones on the CPU.
 bool may_be_early(const at::Tensor &input);
@@ -245,6 +251,7 @@ bool may_be_early(const at::Tensor &input);
 std::optional<double> expected_upstream(const at::Tensor &input);
 // What backward brought for logits that may_be_early.
 void learn_upstream(double upstream);
+void learn_nothing(); // it brought something else
 bool is_same_upstream(double a, double b); // to the bit
 
 // ---- gradient_memory.cpp -----------------------------------------------------------------------

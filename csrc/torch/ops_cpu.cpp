@@ -223,77 +223,119 @@ at::Tensor backward_cpu(WCE_BACKWARD_PARAMS(int64_t)) {
   return dx.finish();
 }
 
-ValueAndGrad value_and_grad_cpu(double upstream, WCE_LOSS_PARAMS(int64_t)) {
-  const LossArgs args{input,     target,        weight, reduction,  label_smoothing,
-                      log_prior, sample_weight, mask,   normalizer, skip_empty, target2, mix};
-  check_value_and_grad(args, ignore_index);
-  const Problem problem(args, ignore_index);
-  if (problem.rows == 0 || problem.c.classes == 0)
-    return forward_then_backward(upstream, WCE_LOSS_ARGS);
-
-  const Run run(problem);
-  const wce_sums weights = run.weigh(); // gradients are divided by the denominator
-  if (weights.bad_row >= 0) raise_bad_row(problem.c, problem.row_shape(), weights.bad_row);
-  const Denominators by = denominators_of(weights, normalizer, reduction);
-  const bool is_mixture = target2.has_value();
-  at::Tensor stats = empty_stats(args, problem);
-  set_denominators(stats, by, is_mixture);
-
+// Forward and backward of a reduced loss: its sums, and the gradient. The denominators stand in stats.
+std::pair<wce_sums, at::Tensor> run_both(const Run &run, const at::Tensor &input,
+                                         const Problem &problem, const wce_row_outputs &out,
+                                         const at::Tensor &stats, double upstream,
+                                         int64_t reduction) {
   Gradient dx(input, problem);
-  wce_row_outputs out{};
   wce_row_grads grads{};
-  set_saved(out, stats, problem);
   set_saved(grads, stats, problem);
   grads.dx = dx.view();
   grads.grad = &upstream;
   grads.grad_dtype = WCE_F64;
   if (reduction == WCE_MEAN) {
     grads.denominator = stats.const_data_ptr();
-    if (is_mixture) grads.denominator2 = last_value(stats);
+    if (problem.c.target2) grads.denominator2 = last_value(stats);
   }
   const wce_sums sums = run.both(out, grads);
-  const bool soft = problem.c.prob.data != nullptr;
+  return {sums, dx.finish()};
+}
+
+// Gradients are divided by the denominators, so that these are needed first.
+Denominators find_denominators(const Run &run, const Problem &problem, const OptTensor &normalizer,
+                               int64_t reduction) {
+  const wce_sums weights = run.weigh();
+  if (weights.bad_row >= 0) raise_bad_row(problem.c, problem.row_shape(), weights.bad_row);
+  return denominators_of(weights, normalizer, reduction);
+}
+
+ValueAndGrad value_and_grad_cpu(double upstream, WCE_LOSS_PARAMS(int64_t)) {
+  const LossArgs args{input,     target,        weight, reduction,  label_smoothing,
+                      log_prior, sample_weight, mask,   normalizer, skip_empty, target2, mix};
+  check_reduced(reduction);
+  check_loss(args, ignore_index);
+  const Problem problem(args, ignore_index);
+  if (problem.rows == 0 || problem.c.classes == 0)
+    return forward_then_backward(upstream, WCE_LOSS_ARGS);
+
+  const Run run(problem);
+  const Denominators by = find_denominators(run, problem, normalizer, reduction);
+  const bool soft = problem.c.prob.data != nullptr, is_mixture = target2.has_value();
+  at::Tensor stats = empty_stats(args, problem);
   at::Tensor loss = empty({}, loss_type(input, target, weight, soft, out_fp32));
+  set_denominators(stats, by, is_mixture);
+  wce_row_outputs out{};
+  set_saved(out, stats, problem);
+  auto [sums, dx] = run_both(run, input, problem, out, stats, upstream, reduction);
   set_loss(loss, sums, by, reduction, empty_zero, is_mixture);
-  return {std::move(loss), std::move(stats), dx.finish()};
+  return {std::move(loss), std::move(stats), std::move(dx)};
 }
 
 // ---- rows --------------------------------------------------------------------------------------
+
+// The results of rows_forward, empty, and the view of them that the kernels fill.
+struct RowResults {
+  at::Tensor loss, stats, lse, log_prob, entropy, correct;
+  wce_row_outputs out{};
+
+  RowResults(const RowsArgs &args, const Problem &problem, bool wants_entropy) {
+    TORCH_CHECK(problem.c.classes > 0, "input: expected at least one class, got shape ",
+                args.input.sizes());
+    const auto shape = problem.row_shape();
+    const at::ScalarType acc = problem.acc;
+    const bool per_row = args.reduction == WCE_NONE, has_target = args.target.has_value();
+    const auto wanted = [&](bool asked, at::ScalarType type) {
+      return asked ? empty(shape, type) : empty({0}, type);
+    };
+    loss = per_row ? empty(shape, acc) : empty({}, acc);
+    stats = empty_stats(args, problem), lse = empty(shape, acc);
+    log_prob = wanted(has_target, acc), correct = wanted(has_target, at::kBool);
+    entropy = wanted(wants_entropy, acc);
+
+    const auto pointer = [](const at::Tensor &tensor, bool asked) {
+      return asked ? tensor.mutable_data_ptr() : nullptr;
+    };
+    set_saved(out, stats, problem);
+    out.loss = pointer(loss, per_row);
+    out.loss_dtype = dtype_of(acc);
+    out.lse = lse.mutable_data_ptr();
+    out.log_prob = pointer(log_prob, has_target);
+    out.entropy = pointer(entropy, wants_entropy);
+    out.correct = static_cast<uint8_t *>(pointer(correct, has_target));
+  }
+};
 
 RowsResult rows_forward_cpu(WCE_ROWS_PARAMS(int64_t)) {
   const RowsArgs args{input, target, target_prob, weight, log_prior, mask, sample_weight,
                       normalizer, reduction, spike, floor, soft, skip_empty};
   check_rows(args);
   const Problem problem(args, ignore_index);
-  TORCH_CHECK(problem.c.classes > 0, "input: expected at least one class, got shape ",
-              input.sizes());
-  const auto shape = problem.row_shape();
-  const at::ScalarType acc = problem.acc;
-  const auto wanted = [&](bool asked, at::ScalarType type) {
-    return asked ? empty(shape, type) : empty({0}, type);
-  };
-  at::Tensor loss = reduction == WCE_NONE ? empty(shape, acc) : empty({}, acc);
-  at::Tensor stats = empty_stats(args, problem), lse = empty(shape, acc);
-  at::Tensor log_prob = wanted(target.has_value(), acc);
-  at::Tensor entropies = wanted(entropy, acc), correct = wanted(target.has_value(), at::kBool);
-
-  const auto pointer = [](const at::Tensor &tensor, bool asked) {
-    return asked ? tensor.mutable_data_ptr() : nullptr;
-  };
-  wce_row_outputs out{};
-  set_saved(out, stats, problem);
-  out.loss = pointer(loss, reduction == WCE_NONE);
-  out.loss_dtype = dtype_of(acc);
-  out.lse = lse.mutable_data_ptr();
-  out.log_prob = pointer(log_prob, target.has_value());
-  out.entropy = pointer(entropies, entropy);
-  out.correct = static_cast<uint8_t *>(pointer(correct, target.has_value()));
-  const wce_sums sums = run_forward(problem, out);
-  if (sums.bad_row >= 0) raise_bad_row(problem.c, shape, sums.bad_row);
+  RowResults rows(args, problem, entropy);
+  const wce_sums sums = run_forward(problem, rows.out);
+  if (sums.bad_row >= 0) raise_bad_row(problem.c, problem.row_shape(), sums.bad_row);
   const Denominators by = denominators_of(sums, normalizer, reduction);
-  set_denominators(stats, by, false);
-  set_loss(loss, sums, by, reduction, empty_zero, false);
-  return {loss, stats, lse, log_prob, entropies, correct};
+  set_denominators(rows.stats, by, false);
+  set_loss(rows.loss, sums, by, reduction, empty_zero, false);
+  return {rows.loss, rows.stats, rows.lse, rows.log_prob, rows.entropy, rows.correct};
+}
+
+RowsAndGrad rows_value_and_grad_cpu(double upstream, WCE_ROWS_PARAMS(int64_t)) {
+  const RowsArgs args{input, target, target_prob, weight, log_prior, mask, sample_weight,
+                      normalizer, reduction, spike, floor, soft, skip_empty};
+  check_reduced(reduction);
+  check_rows(args);
+  const Problem problem(args, ignore_index);
+  RowResults rows(args, problem, entropy);
+  if (problem.rows == 0) return rows_forward_then_backward(upstream, WCE_ROWS_ARGS);
+
+  const Run run(problem);
+  const Denominators by = find_denominators(run, problem, normalizer, reduction);
+  set_denominators(rows.stats, by, false);
+  auto [sums, dx] = run_both(run, input, problem, rows.out, rows.stats, upstream, reduction);
+  set_loss(rows.loss, sums, by, reduction, empty_zero, false);
+  return {rows.loss,    rows.stats,   rows.lse, rows.log_prob,
+          rows.entropy, rows.correct, std::move(dx)};
 }
 
 at::Tensor rows_backward_cpu(WCE_ROWS_BACKWARD_PARAMS(int64_t)) {
@@ -323,4 +365,5 @@ TORCH_LIBRARY_IMPL(wce, CPU, m) {
   m.impl("value_and_grad", wce::value_and_grad_cpu);
   m.impl("rows_forward", wce::rows_forward_cpu);
   m.impl("rows_backward", wce::rows_backward_cpu);
+  m.impl("rows_value_and_grad", wce::rows_value_and_grad_cpu);
 }

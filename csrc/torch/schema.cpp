@@ -10,12 +10,14 @@
   "Tensor? mask=None, Tensor? normalizer=None, bool empty_zero=False, bool skip_empty=False, "     \
   "bool out_fp32=False, Tensor? target2=None, Tensor? mix=None"
 #define WCE_SCHEMA_LOSS "(" WCE_SCHEMA_LOSS_ARGS ")"
-#define WCE_SCHEMA_ROWS                                                                            \
-  "(Tensor input, Tensor? target, Tensor? target_prob, Tensor? weight, Tensor? log_prior, "        \
+#define WCE_SCHEMA_ROWS_ARGS                                                                       \
+  "Tensor input, Tensor? target, Tensor? target_prob, Tensor? weight, Tensor? log_prior, "        \
   "Tensor? mask, float spike, float floor, float soft, SymInt ignore_index, "                      \
   "bool skip_empty, bool entropy, *, Tensor? sample_weight=None, Tensor? normalizer=None, "        \
-  "int reduction=0, bool empty_zero=False) -> (Tensor loss, Tensor stats, Tensor lse, "            \
-  "Tensor log_prob, Tensor entropy, Tensor correct)"
+  "int reduction=0, bool empty_zero=False"
+#define WCE_SCHEMA_ROWS_RESULTS                                                                    \
+  "Tensor loss, Tensor stats, Tensor lse, Tensor log_prob, Tensor entropy, Tensor correct"
+#define WCE_SCHEMA_ROWS "(" WCE_SCHEMA_ROWS_ARGS ") -> (" WCE_SCHEMA_ROWS_RESULTS ")"
 
 TORCH_LIBRARY(wce, m) {
   const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
@@ -52,6 +54,10 @@ TORCH_LIBRARY(wce, m) {
         "Tensor input, Tensor? target, Tensor? target_prob, Tensor? weight, Tensor? log_prior, "
         "Tensor? mask, Tensor stats, float spike, float floor, float soft, SymInt ignore_index, "
         "bool skip_empty, *, Tensor? sample_weight=None, int reduction=0) -> Tensor",
+        tags);
+  // rows_forward, and rows_backward of the reduced loss alone.
+  m.def("rows_value_and_grad(float upstream, " WCE_SCHEMA_ROWS_ARGS ") -> (" WCE_SCHEMA_ROWS_RESULTS
+        ", Tensor grad)",
         tags);
 }
 
@@ -92,6 +98,11 @@ ValueAndGrad value_and_grad(double upstream, WCE_LOSS_PARAMS(c10::SymInt)) {
 RowsResult rows_forward(WCE_ROWS_PARAMS(c10::SymInt)) {
   static const auto op = find_op<RowsFn>("wce::rows_forward");
   return op.call(WCE_ROWS_ARGS);
+}
+
+RowsAndGrad rows_value_and_grad(double upstream, WCE_ROWS_PARAMS(c10::SymInt)) {
+  static const auto op = find_op<RowsAndGradFn>("wce::rows_value_and_grad");
+  return op.call(upstream, WCE_ROWS_ARGS);
 }
 
 RowsResult rows_composite(WCE_ROWS_PARAMS(c10::SymInt)) {

@@ -567,7 +567,9 @@ static void run_both(const wce_plan *plan, const wce_row_outputs *out, const wce
   wce_dtype acc = acc_dtype(now.p.dtype);
   wce_row_outputs again = {.loss_dtype = out->loss_dtype, .loss = like(out->loss, out->loss_dtype),
                            .max = like(out->max, acc), .log_sum = like(out->log_sum, acc),
-                           .coef_sum = like(out->coef_sum, acc), .entropy = like(out->entropy, acc)};
+                           .coef_sum = like(out->coef_sum, acc), .entropy = like(out->entropy, acc),
+                           .log_prob = like(out->log_prob, acc),
+                           .correct = out->correct ? buffer(now.rows, 1) : NULL};
   wce_row_grads g = *grads;
   if (g.max) g.max = again.max, g.log_sum = again.log_sum, g.coef_sum = again.coef_sum;
   int64_t extent = view_extent(&now.p, &g.dx);
@@ -579,6 +581,9 @@ static void run_both(const wce_plan *plan, const wce_row_outputs *out, const wce
   check_same("log_sum in one go", again.log_sum, out->log_sum, acc, now.rows);
   check_same("coef_sum in one go", again.coef_sum, out->coef_sum, acc, now.rows);
   check_same("entropy in one go", again.entropy, out->entropy, acc, now.rows);
+  check_same("log_prob in one go", again.log_prob, out->log_prob, acc, now.rows);
+  if (out->correct && memcmp(again.correct, out->correct, (size_t)now.rows))
+    wrong("correct in one go", -1, -1, 0, 0, 0);
   check_same("dx in one go", g.dx.data, grads->dx.data, now.p.dtype, extent);
 }
 
