@@ -164,8 +164,9 @@ bool is_wanted(const char *variable) {
 void empty_gradient_cache() { kept().clear(); }
 
 c10::Allocator *gradient_allocator(size_t bytes) {
+  constexpr size_t kept_above = size_t(1) << 20;
   static GradientAllocator *const allocator = new GradientAllocator;
-  return bytes > large_gradient ? static_cast<c10::Allocator *>(allocator) : c10::GetCPUAllocator();
+  return bytes > kept_above ? static_cast<c10::Allocator *>(allocator) : c10::GetCPUAllocator();
 }
 
 } // namespace wce

@@ -245,7 +245,7 @@ OptTensor scaled_log_prior(const at::Tensor &q, bool is_log, double tau, const a
 ValueAndGrad forward_then_backward(double upstream, WCE_LOSS_PARAMS(c10::SymInt));
 RowsAndGrad rows_forward_then_backward(double upstream, WCE_ROWS_PARAMS(c10::SymInt));
 
-// Whether forward may make the gradient of these logits as well: of large ones on the CPU.
+// Whether forward may make the gradient of these logits as well: not of a few, and on the CPU alone.
 bool may_be_early(const at::Tensor &input);
 // The upstream gradient that backward will bring, if it can be told. Each forward asks once.
 std::optional<double> expected_upstream(const at::Tensor &input);
@@ -258,9 +258,6 @@ bool is_same_upstream(double a, double b); // to the bit
 
 // Whether the environment does not forbid it, by VARIABLE=0.
 bool is_wanted(const char *variable);
-
-// Gradients above this do not stay in the caches next to a core.
-constexpr size_t large_gradient = size_t(1) << 20; // bytes
 
 // For a gradient of `bytes` on the CPU: large ones get memory that is kept from step to step.
 c10::Allocator *gradient_allocator(size_t bytes);
