@@ -86,6 +86,23 @@ def test_bits_of_mixtures(isa, reduction):
         check_op((*args[:3], reduction, *args[4:]), {"target2": y2, "mix": torch.tensor(0.3)})
 
 
+def rows_apart(upstream, args, keywords):
+    """What rows_value_and_grad gives, by rows_forward and rows_backward."""
+    want = ops.rows_forward(*args, **keywords)
+    grad = torch.tensor(upstream, dtype=want[0].dtype)
+    dx = ops.rows_backward(grad, None, None, *args[:6], want[1], *args[6:11],
+                           reduction=keywords["reduction"])
+    return *want, dx
+
+
+def check_rows_op(args, keywords, upstream=1.0):
+    got = ops.rows_value_and_grad(upstream, *args, **keywords)
+    for one, other in zip(got, rows_apart(upstream, args, keywords), strict=True):
+        equal = torch.equal if one.dtype == torch.bool else same_bits
+        assert equal(one, other) and one.stride() == other.stride()
+    return got
+
+
 @pytest.mark.parametrize("isa", ISAS, indirect=True)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("entropy", [False, True])
@@ -95,16 +112,9 @@ def test_bits_of_rows(isa, dtype, entropy):
         (x, y, w, reduction, ignored, _), options = op_arguments(
             Case(shape, soft=soft, weight="positive", prior=True, mask=True), DTYPES[dtype])
         targets = (None, y) if soft else (y, None)
-        rest = (w, options["log_prior"], options["mask"])
         numbers = (0.0 if soft else 0.9, floor, 0.9 if soft else 0.0, ignored, False)
-        want = ops.rows_forward(x, *targets, *rest, *numbers, entropy, reduction=reduction)
-        dx = ops.rows_backward(torch.tensor(0.25, dtype=want[0].dtype), None, None, x, *targets,
-                               *rest, want[1], *numbers, reduction=reduction)
-        got = ops.rows_value_and_grad(0.25, x, *targets, *rest, *numbers, entropy,
-                                      reduction=reduction)
-        for one, other in zip(got, (*want, dx), strict=True):
-            equal = torch.equal if one.dtype == torch.bool else same_bits
-            assert equal(one, other) and one.stride() == other.stride()
+        check_rows_op((x, *targets, w, options["log_prior"], options["mask"], *numbers, entropy),
+                      {"reduction": reduction}, upstream=0.25)
 
 
 @pytest.mark.parametrize("isa", ISAS, indirect=True)
@@ -121,6 +131,32 @@ def test_bits_of_special_values():
         args[0][-1] = -torch.inf
         got, want = ops.value_and_grad(1.0, *args), apart(1.0, *args)
         torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("empty_zero", [False, True])
+@pytest.mark.parametrize("shape", [(0, 5), (2, 5, 0), (4, 5), (4, 40)], ids=str)
+def test_bits_where_no_row_counts(shape, empty_zero):
+    x = torch.randn(shape)
+    y = torch.full((shape[0], *shape[2:]), -100)
+    got = ops.value_and_grad(1.0, x, y, empty_zero=empty_zero)
+    assert all(map(same_bits, got, apart(1.0, x, y, None, 1, -100, 0.0, empty_zero=empty_zero)))
+    rows = (x, y, None, None, None, None, 1.0, 0.0, 0.0, -100, False, True)
+    loss = check_rows_op(rows, {"reduction": 1, "empty_zero": empty_zero})[0]
+    assert loss.isnan() != empty_zero and got[0].isnan() != empty_zero
+
+
+def test_no_classes():
+    got = ops.value_and_grad(1.0, torch.randn(3, 0), torch.full((3,), -100))
+    assert got[0].isnan() and got[2].shape == (3, 0)
+
+
+@pytest.mark.parametrize("classes", [7, 40])
+def test_bits_of_rows_with_a_normalizer(classes):
+    x, y = torch.randn(300, classes), torch.randint(classes, (300,))
+    rows = (x, y, None, None, None, None, 1.0, 0.0, 0.0, -100, False, True)
+    loss, *_, dx = check_rows_op(rows, {"reduction": 1, "normalizer": torch.tensor(3.0)})
+    torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(x, y, reduction="sum") / 3)
+    assert dx.abs().sum() > 1
 
 
 def test_same_bits_for_any_number_of_threads():
@@ -252,6 +288,24 @@ def test_not_for_small_logits_losses_per_row_and_calls_without_gradient(problem)
         assert names_of_ops(call) == ["wce::forward"]
     with torch.no_grad():
         assert names_of_ops(lambda: ce(x, y, w)) == ["wce::forward"]
+    larger = x.detach()[:14].requires_grad_()  # 16.4 KiB
+    assert names_of_ops(lambda: ce(larger, y[:14], w)) == ["wce::value_and_grad"]
+
+
+def test_not_where_ops_are_watched(problem):
+    """Who counts or replaces ops finds the two that he knows."""
+    x, y, w = problem
+    seen = []
+
+    class Mode(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(str(function))
+            return function(*args, **kwargs or {})
+
+    learn(x, y, w)
+    with Mode():
+        ce(x, y, w)
+    assert "wce.forward.default" in seen and "wce.value_and_grad.default" not in seen
     assert names_of_ops(lambda: ce(x, y, w)) == ["wce::value_and_grad"]
 
 
