@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+import torch.fx.experimental.proxy_tensor
 from conftest import ISAS
 from helpers import op_arguments, peak_bytes, run_python
 from reference import DTYPES, SMALL_CASES, SMALL_FEATURE_CASES, Case, as_layout, same_bits
@@ -187,17 +188,20 @@ ROWS, CLASSES = 1200, 300  # 1.4 MB
 
 @pytest.fixture
 def problem():
-    """(logits, target, weight), and nothing to be expected of what other tests did."""
+    """(logits, target, weight)."""
     x = torch.randn(ROWS, CLASSES, requires_grad=True)
-    y, w = torch.randint(CLASSES, (ROWS,)), torch.rand(CLASSES) + 0.5
-    forget(x, y)
-    return x, y, w
+    return x, torch.randint(CLASSES, (ROWS,)), torch.rand(CLASSES) + 0.5
 
 
-def forget(x, y):
-    """Two upstream gradients that differ: the next one is not expected."""
-    for g in (0.125, 0.375):
-        torch.autograd.grad(ce(x, y), x, torch.tensor(g, dtype=ce(x.detach(), y).dtype))
+@pytest.fixture(autouse=True)
+def forget():
+    """Nothing is left of what other tests did: a right guess, which may take 64 backwards, and then
+    one upstream gradient that no guess was made for."""
+    x, y = torch.zeros(5000, 2, requires_grad=True), torch.zeros(5000, dtype=torch.long)
+    for _ in range(66):
+        torch.autograd.grad(ce(x, y), x)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+        torch.autograd.grad(ce(x, y), x, torch.tensor(0.125))
 
 
 def learn(x, y, w, g=1.0):
@@ -238,14 +242,15 @@ def test_the_third_step_is_early(problem):
 @pytest.mark.parametrize("dtype", ["f32", "bf16", "f16", "f64"])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_wrong_guesses_change_no_bit(problem, dtype, autocast):
-    """Loss scales that come and go: what was expected is that of the step before."""
+    """Loss scales that come and go: expected is that of the two steps before, after a wrong guess
+    that of four."""
     x, y, w = problem
     x = x.detach().to(DTYPES[dtype]).repeat(2, 1).requires_grad_()
     y = y.repeat(2)
     w = w.to(x.dtype) if dtype == "f64" else w
-    forget(x, y)
-    for g, want in ((1.0, APART), (1.0, APART), (2.0, WRONG), (2.0, APART), (2.0, EARLY),
-                    (1 / 3, WRONG), (0.0, APART), (0.0, APART), (-0.0, WRONG), (1.0, APART)):
+    guesses = ((1.0, APART), (1.0, APART), (2.0, WRONG), (2.0, APART), (2.0, APART), (2.0, APART),
+               (2.0, EARLY), (1 / 3, WRONG), *[(0.0, APART)] * 4, (0.0, EARLY), (-0.0, WRONG))
+    for g, want in guesses:
         grads = []
 
         def step(g=g, grads=grads):
@@ -269,14 +274,43 @@ def test_only_one_gradient_waits(problem):
     assert names_of_ops(sum(losses).backward) == ["wce::backward"] * 2
 
 
-def test_a_forward_without_backward_is_forgiven_once(problem):
+def count_early(function):
+    return names_of_ops(function).count("wce::value_and_grad")
+
+
+def test_forwards_without_backward_cost_less_and_less(problem):
+    """Validation that keeps gradients on: guesses after 2, 4, 8, ... backwards are wrong."""
+    x, y, w = problem
+
+    def epochs(count):
+        for _ in range(count):
+            ce(x, y, w).backward()
+            ce(x, y, w)
+
+    assert [count_early(lambda n=n: epochs(n)) for n in (2, 4, 8, 16)] == [1, 1, 1, 1]
+    steps = [count_early(lambda: ce(x, y, w).backward()) for _ in range(34)]
+    assert steps == [0] * 32 + [1, 1]  # and without it the first right guess makes good for all
+
+
+def test_guesses_that_are_wrong_in_every_step_end(problem):
+    x, y, w = problem
+
+    def step():
+        for g in (1.0, 1.0, 0.5):
+            torch.autograd.grad(ce(x, y, w), x, torch.tensor(g))
+
+    assert count_early(lambda: [step() for _ in range(20)]) == 1
+
+
+def test_losses_that_are_kept_keep_one_gradient(problem):
     x, y, w = problem
     learn(x, y, w)
-    forwards = lambda: [ce(x, y, w) for _ in range(3)]  # noqa: E731
-    assert names_of_ops(forwards).count("wce::value_and_grad") == 1
-    step = lambda: ce(x, y, w).backward()  # noqa: E731
-    assert names_of_ops(step) == APART
-    assert names_of_ops(step) == EARLY
+    kept = [ce(x, y, w)]
+    for _ in range(10):
+        assert names_of_ops(lambda: kept.append(ce(x, y, w))) == ["wce::forward"]
+        torch.autograd.grad(kept[-1], x)
+    torch.autograd.grad(kept[0], x)
+    assert names_of_ops(lambda: ce(x, y, w)) == ["wce::value_and_grad"]
 
 
 def test_not_for_small_logits_losses_per_row_and_calls_without_gradient(problem):
@@ -305,8 +339,25 @@ def test_not_where_ops_are_watched(problem):
     learn(x, y, w)
     with Mode():
         ce(x, y, w)
-    assert "wce.forward.default" in seen and "wce.value_and_grad.default" not in seen
-    assert names_of_ops(lambda: ce(x, y, w)) == ["wce::value_and_grad"]
+    loss = ce(x, y, w)
+    with Mode():
+        loss.backward()
+    ours = [name for name in seen if name.startswith("wce")]
+    assert ours == ["wce.forward.default", "wce.backward.default"]
+    assert not any("local_scalar" in name for name in seen)
+
+
+def test_a_step_can_be_traced(problem):
+    x, y, _ = problem
+
+    def step(x):
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad(ce(x, y), x)[0]
+
+    traced = torch.fx.experimental.proxy_tensor.make_fx(step)(x.detach())
+    with torch.no_grad():
+        got = traced(x.detach())
+    assert same_bits(got, step(x))
 
 
 def test_not_where_saved_tensors_are_watched(problem):
@@ -353,13 +404,13 @@ def test_statistics_beside_the_loss(problem):
         loss = stats.loss + z * stats.lse.square().mean() if z else stats.loss
         gradients.extend(torch.autograd.grad(loss, x))
 
-    for z in (0.0, 0.0, 0.0, 1e-3, 1e-3, 1e-3, 0.0, 0.0, 0.0):
+    for z in [0.0] * 3 + [1e-3] * 3 + [0.0] * 5:
         steps.append(names_of_ops(lambda z=z: step(z)))
     apart = ["wce::rows_forward", "wce::rows_backward"]
     early = ["wce::rows_forward", "wce::rows_value_and_grad"]  # the public op, and what it calls
     wrong = [*early, "wce::rows_backward"]
-    assert steps == [apart, apart, early, wrong, apart, apart, apart, apart, early]
-    for first, others in ((0, (1, 2, 6, 7, 8)), (3, (4, 5))):
+    assert steps == [apart, apart, early, wrong, *[apart] * 6, early]
+    for first, others in ((0, (1, 2, *range(6, 11))), (3, (4, 5))):
         assert all(same_bits(gradients[first], gradients[i]) for i in others)
     assert not same_bits(gradients[0], gradients[3])
 
@@ -421,10 +472,11 @@ def test_logits_that_were_changed_are_noticed(problem):
     x, y, w = problem
     shifted = x * 1.0
     learn(x, y, w)
-    loss = ce(shifted, y, w)
+    losses = []
+    assert names_of_ops(lambda: losses.append(ce(shifted, y, w))) == ["wce::value_and_grad"]
     shifted.add_(1.0)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
+        losses[0].backward()
 
 
 def test_compiled_autograd(problem):
@@ -433,8 +485,11 @@ def test_compiled_autograd(problem):
     loss = early(x, y, w)
     with torch._dynamo.compiled_autograd._enable(
             torch.compile(backend="aot_eager", fullgraph=True)):
-        loss.backward()
-    assert same_bits(x.grad, want)
+        first, = torch.autograd.grad(loss, x, retain_graph=True)
+        assert same_bits(first, want)
+        first.zero_()
+        second, = torch.autograd.grad(loss, x)
+    assert same_bits(second, want)
 
 
 def test_hooks_see_and_change_upstream_gradients(problem):

@@ -265,32 +265,6 @@ struct LossCall {
   bool empty_zero, skip_empty, out_fp32;
 };
 
-namespace {
-
-void save_early(AutogradContext *ctx, const Tensor &dx, double upstream) {
-  ctx->saved_data["early"] = dx;
-  ctx->saved_data["upstream"] = upstream;
-}
-
-// The gradient that forward made, if it made one for this upstream gradient of the loss and no other
-// result has one; then it is given away. One for something else is let go, as its memory serves the next.
-Tensor take_early(AutogradContext *ctx, const Tensor &input, const Tensor &grad, bool others) {
-  if (!may_be_early(input)) return {};
-  const bool differentiable = at::GradMode::is_enabled();
-  const bool known = grad.defined() && is_readable(grad) && !others && !differentiable;
-  const double upstream = known ? grad.item<double>() : 0;
-  if (known) learn_upstream(upstream);
-  else learn_nothing();
-  const auto early = ctx->saved_data.find("early");
-  if (early == ctx->saved_data.end()) return {};
-  Tensor dx = early->second.toTensor();
-  ctx->saved_data.erase(early);
-  const bool fits = known && is_same_upstream(ctx->saved_data["upstream"].toDouble(), upstream);
-  return fits ? dx : Tensor();
-}
-
-} // namespace
-
 // Anomaly mode and error texts print the name.
 class CrossEntropy : public torch::autograd::Function<CrossEntropy> {
 public:
@@ -312,7 +286,7 @@ public:
                        call.label_smoothing, call.log_prior, call.sample_weight, call.mask,
                        call.normalizer, call.empty_zero, call.skip_empty, call.out_fp32,
                        call.target2, call.mix);
-    if (upstream) save_early(ctx, dx, *upstream);
+    if (upstream) save_early(ctx, {dx, *upstream});
     save_tensors(ctx, {input, call.target, stats, or_undefined(call.weight),
                        or_undefined(call.log_prior), or_undefined(call.sample_weight),
                        or_undefined(call.mask), or_undefined(call.target2), or_undefined(call.mix)});
@@ -322,10 +296,12 @@ public:
 
   static variable_list backward(AutogradContext *ctx, const variable_list &grads) {
     variable_list result(2);
+    Early early = take_early(ctx);
     if (!grads[0].defined()) return result;
     const variable_list saved = ctx->get_saved_variables();
     const Numbers numbers = Numbers::load(ctx);
-    if (numbers.reduction != WCE_NONE) result[0] = take_early(ctx, saved[0], grads[0], false);
+    if (numbers.reduction != WCE_NONE)
+      result[0] = early_gradient(std::move(early), saved[0], grads[0]);
     if (result[0].defined()) return result;
     result[0] = wce::backward(grads[0], saved[0], saved[1], or_none(saved, 3), saved[2],
                               numbers.reduction, numbers.ignore_index, numbers.label_smoothing,
@@ -425,7 +401,7 @@ public:
           input, call.target, call.target_prob, call.weight, call.log_prior, call.mask, call.spike,
           call.floor, call.soft, call.ignore_index, call.skip_empty, call.wants_entropy,
           call.sample_weight, call.normalizer, call.reduction, call.empty_zero);
-    if (upstream) save_early(ctx, dx, *upstream);
+    if (upstream) save_early(ctx, {dx, *upstream});
     save_tensors(ctx, {input, call.stats, or_undefined(call.target), or_undefined(call.weight),
                        or_undefined(call.target_prob), or_undefined(call.log_prior),
                        or_undefined(call.mask), or_undefined(call.sample_weight)});
@@ -436,12 +412,14 @@ public:
   }
 
   static variable_list backward(AutogradContext *ctx, const variable_list &grads) {
+    Early early = take_early(ctx);
     const variable_list saved = ctx->get_saved_variables();
     const Numbers numbers = Numbers::load(ctx);
     const OptTensor target = or_none(saved, 2);
     variable_list result(2);
     if (numbers.reduction != WCE_NONE)
-      result[0] = take_early(ctx, saved[0], grads[0], grads[1].defined() || grads[2].defined());
+      result[0] = early_gradient(std::move(early), saved[0], grads[0],
+                                 grads[1].defined() || grads[2].defined());
     if (result[0].defined()) return result;
     result[0] = wce::rows_backward(
         or_none(grads, 0), or_none(grads, 1),

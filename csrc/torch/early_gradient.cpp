@@ -7,61 +7,134 @@
 // is then made once (wce_cpu_both). Forward + backward, Zen 5, two threads: (512, 128256) 1.33 times
 // faster, (8, 19, 512, 512) 1.58, (1024, 10) 1.12, (1024, 1000) 1.03. So:
 //
-//  * Two backwards in turn with the same g let the next forward expect it: that one alone, so that a
-//    forward whose backward never comes wastes work once, and one gradient at most waits for backward.
-//  * Backward takes the gradient when g is what was expected, to the bit; else it makes its own.
+//  * Forward expects g after two backwards in turn that brought it; after a wrong guess it takes twice as
+//    many, up to 64, until a guess is right. A gradient that no backward asked for is a wrong guess.
+//  * While one gradient waits for its backward no other is made.
+//  * Backward takes the gradient if g is what was expected, to the bit; else it makes its own.
 //
-// Either way the gradient has the same bits, as the same kernels see the same numbers.
+// Either way the gradient has the same bits, as the same kernels see the same numbers; but logits that are
+// edited unseen by autograd, through .data, between forward and backward matter to the second way only.
 // WCE_EARLY_GRADIENT=0 turns it off.
 #include <ATen/SavedTensorHooks.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/full.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
+#include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
-#include <atomic>
+#include <algorithm>
 #include <cstring>
-#include <limits>
+#include <mutex>
 
 #include "autograd.h"
 
 namespace wce {
 namespace {
 
-// Someone looks at the ops one by one, or at what they save: checkpoints, offloading, counters.
-bool is_watched() {
-  return c10::impl::TorchDispatchModeTLS::any_modes_set() ||
-         at::SavedTensorDefaultHooks::get_hooks().has_value();
+using torch::autograd::AutogradContext;
+
+// Of the whole process, as autograd has threads of its own. Where threads interleave guesses are worse.
+// Where the lock is taken (by another thread, or for ever in a child that was forked at that moment)
+// nothing is expected and nothing learnt.
+class Forecast {
+public:
+  std::optional<double> ask() {
+    const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+    if (!lock) return std::nullopt;
+    if (waits_ && waiting_.expired()) judge(false); // its graph is gone
+    if (waits_ || agreed_ < needed_) return std::nullopt;
+    return last_;
+  }
+  void wait_for(const at::Tensor &dx) {
+    const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+    if (!lock) return;
+    waiting_ = Weak(dx.getIntrusivePtr());
+    waits_ = true;
+  }
+  // Backward brought g for the loss alone, or something else.
+  void learn(std::optional<double> g) {
+    const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+    if (!lock) return;
+    agreed_ = !g ? 0 : is_same(*g, last_) ? agreed_ + 1 : 1;
+    last_ = g.value_or(last_);
+  }
+  // Backward has found dx. Returns whether it may have it: compiled autograd works on copies of what
+  // was saved, and would find it again.
+  bool end(const at::Tensor &dx, bool right) {
+    const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+    if (!lock || waiting_._unsafe_get_target() != dx.unsafeGetTensorImpl()) return false;
+    judge(right);
+    return right;
+  }
+  static bool is_same(double a, double b) { return std::memcmp(&a, &b, sizeof a) == 0; }
+
+private:
+  using Weak = c10::weak_intrusive_ptr<at::TensorImpl, at::UndefinedTensorImpl>;
+  static constexpr int usual = 2, most = 64;
+
+  void judge(bool right) {
+    needed_ = right ? usual : std::min(2 * needed_, most);
+    if (!right) agreed_ = 0;
+    waits_ = false;
+    waiting_.reset();
+  }
+
+  std::mutex mutex_;
+  double last_ = 0;
+  int agreed_ = 0, needed_ = usual; // backwards in turn with g = last_
+  bool waits_ = false;
+  Weak waiting_{at::Tensor().getIntrusivePtr()};
+};
+
+Forecast &forecast() { // never destroyed: graphs may outlive static objects
+  static Forecast *const one = new Forecast;
+  return *one;
 }
 
-// Of the whole process, as autograd has threads of its own. Where threads interleave, a guess is worse and
-// no gradient is wrong.
-std::atomic<double> last_upstream{std::numeric_limits<double>::quiet_NaN()};
-std::atomic<bool> is_expected{false};
-
-} // namespace
-
+// Not for a few logits, for other devices and transforms, nor where someone looks at the ops one by one.
 bool may_be_early(const at::Tensor &input) {
   constexpr size_t useful_above = size_t(16) << 10; // bytes
   static const bool wanted = is_wanted("WCE_EARLY_GRADIENT");
-  return wanted && is_readable(input) && input.nbytes() > useful_above;
+  return wanted && is_readable(input) && input.nbytes() > useful_above &&
+         !c10::impl::TorchDispatchModeTLS::any_modes_set();
 }
+
+// By checkpoints, which run forward again, and by those who put saved tensors elsewhere.
+bool is_saving_watched() { return at::SavedTensorDefaultHooks::get_hooks().has_value(); }
+
+} // namespace
 
 std::optional<double> expected_upstream(const at::Tensor &input) {
-  if (!is_expected.load(std::memory_order_relaxed) || !may_be_early(input) || is_watched())
-    return std::nullopt;
-  return is_expected.exchange(false) ? std::optional<double>(last_upstream.load()) : std::nullopt;
+  if (!may_be_early(input) || is_saving_watched()) return std::nullopt;
+  return forecast().ask();
 }
 
-bool is_same_upstream(double a, double b) { return std::memcmp(&a, &b, sizeof a) == 0; }
-
-void learn_upstream(double upstream) {
-  is_expected.store(is_same_upstream(last_upstream.exchange(upstream), upstream));
+// In saved_data, which compiled autograd can look at; there it outlives backward as long as the loss does.
+void save_early(AutogradContext *ctx, const Early &early) {
+  ctx->saved_data["early"] = early.dx;
+  ctx->saved_data["upstream"] = early.upstream;
+  forecast().wait_for(early.dx);
 }
 
-void learn_nothing() {
-  is_expected.store(false);
-  last_upstream.store(std::numeric_limits<double>::quiet_NaN());
+Early take_early(AutogradContext *ctx) {
+  const auto found = ctx->saved_data.find("early");
+  if (found == ctx->saved_data.end()) return {};
+  Early early{found->second.toTensor()};
+  ctx->saved_data.erase(found);
+  if (is_readable(early.dx)) early.upstream = ctx->saved_data["upstream"].toDouble();
+  return early;
+}
+
+at::Tensor early_gradient(Early early, const at::Tensor &input, const at::Tensor &grad,
+                          bool others) {
+  const bool differentiable = at::GradMode::is_enabled(), learns = may_be_early(input);
+  std::optional<double> g;
+  if (learns && grad.defined() && is_readable(grad) && !others && !differentiable)
+    g = grad.item<double>();
+  const bool fits = g && Forecast::is_same(*g, early.upstream);
+  const bool taken = early.dx.defined() && forecast().end(early.dx, fits);
+  if (learns) forecast().learn(g);
+  return taken ? std::move(early.dx) : at::Tensor();
 }
 
 ValueAndGrad forward_then_backward(double upstream, WCE_LOSS_PARAMS(c10::SymInt)) {

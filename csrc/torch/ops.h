@@ -245,15 +245,6 @@ OptTensor scaled_log_prior(const at::Tensor &q, bool is_log, double tau, const a
 ValueAndGrad forward_then_backward(double upstream, WCE_LOSS_PARAMS(c10::SymInt));
 RowsAndGrad rows_forward_then_backward(double upstream, WCE_ROWS_PARAMS(c10::SymInt));
 
-// Whether forward may make the gradient of these logits as well: not of a few, and on the CPU alone.
-bool may_be_early(const at::Tensor &input);
-// The upstream gradient that backward will bring, if it can be told. Each forward asks once.
-std::optional<double> expected_upstream(const at::Tensor &input);
-// What backward brought for logits that may_be_early.
-void learn_upstream(double upstream);
-void learn_nothing(); // it brought something else
-bool is_same_upstream(double a, double b); // to the bit
-
 // ---- gradient_memory.cpp -----------------------------------------------------------------------
 
 // Whether the environment does not forbid it, by VARIABLE=0.

@@ -5,13 +5,13 @@
 #include "ops.h"
 
 #define WCE_SCHEMA_LOSS_ARGS                                                                       \
-  "Tensor input, Tensor target, Tensor? weight=None, int reduction=1, SymInt ignore_index=-100, " \
+  "Tensor input, Tensor target, Tensor? weight=None, int reduction=1, SymInt ignore_index=-100, "  \
   "float label_smoothing=0.0, *, Tensor? log_prior=None, Tensor? sample_weight=None, "             \
   "Tensor? mask=None, Tensor? normalizer=None, bool empty_zero=False, bool skip_empty=False, "     \
   "bool out_fp32=False, Tensor? target2=None, Tensor? mix=None"
 #define WCE_SCHEMA_LOSS "(" WCE_SCHEMA_LOSS_ARGS ")"
 #define WCE_SCHEMA_ROWS_ARGS                                                                       \
-  "Tensor input, Tensor? target, Tensor? target_prob, Tensor? weight, Tensor? log_prior, "        \
+  "Tensor input, Tensor? target, Tensor? target_prob, Tensor? weight, Tensor? log_prior, "         \
   "Tensor? mask, float spike, float floor, float soft, SymInt ignore_index, "                      \
   "bool skip_empty, bool entropy, *, Tensor? sample_weight=None, Tensor? normalizer=None, "        \
   "int reduction=0, bool empty_zero=False"
