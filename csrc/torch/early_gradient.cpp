@@ -12,8 +12,8 @@
 //  * While one gradient waits for its backward no other is made.
 //  * Backward takes the gradient if g is what was expected, to the bit; else it makes its own.
 //
-// Either way the gradient has the same bits, as the same kernels see the same numbers; but logits that are
-// edited unseen by autograd, through .data, between forward and backward matter to the second way only.
+// Both gradients have the same bits, as the same kernels see the same numbers. (Logits that are edited
+// between forward and backward unseen by autograd, through .data, change the second one only.)
 // WCE_EARLY_GRADIENT=0 turns it off.
 #include <ATen/SavedTensorHooks.h>
 #include <ATen/core/Tensor.h>
