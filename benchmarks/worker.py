@@ -200,14 +200,20 @@ def verified(session: Session, case: Case, data: Data, table: dict) -> tuple[dic
 
 
 def _same_bits(session: Session, data: Data, loss, first: tuple) -> None:
-    """Ours promises the same result for any number of threads, and also where forward makes the
-    gradient, as it does from the third call on."""
-    for threads in (session.threads[0], *session.threads):
-        torch.set_num_threads(threads)
+    """Ours promises the same result for any number of threads, and also whether forward makes the
+    gradient, as from the third call on, or backward, as where saved tensors pass through hooks."""
+
+    def compare(what: str) -> None:
         values, gradient = answer(loss, data.logits, data.grad)
         equal = all(torch.equal(a, b) for a, b in zip(values, first[0], strict=True))
         if not (equal and torch.equal(gradient, first[1])):
-            raise Wrong(f"a later call with {threads} threads gives other bits than the first one")
+            raise Wrong(f"{what} gives other bits than the first call")
+
+    for threads in (session.threads[0], *session.threads):
+        torch.set_num_threads(threads)
+        compare(f"a later call with {threads} threads")
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+        compare("backward by itself")
 
 
 def add_compiled(session: Session, case: Case, data: Data, table: dict) -> list[str]:
