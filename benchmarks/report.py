@@ -328,7 +328,7 @@ BYTE_RULE = """\
 Times are medians of interleaved rounds (ours, eager, torch.compile, ours, ...) in one process;
 `eager/ours` is the ratio of medians, in brackets the 25 % and 75 % quantiles of the ratio per
 round. Above 1, ours is faster. fwd runs under `no_grad`; fwd+bwd is a training step as it repeats
-itself, whose gradient ours makes in forward where the logits are large, and includes the release of
+itself, whose gradient ours makes in forward (of logits above 16 KiB), and includes the release of
 the gradient; bwd is backward alone, with upstream gradients of 1 and 2 in turn, which nobody can
 expect. Error: the loss in units of the last place of its type, the gradient as its largest error
 over its largest entry, both against float64.

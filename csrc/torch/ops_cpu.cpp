@@ -201,6 +201,18 @@ LossAndStats forward_cpu(WCE_LOSS_PARAMS(int64_t)) {
   return {std::move(loss), std::move(stats)};
 }
 
+// What backward is given but for the upstream gradients. The denominators stand in stats.
+wce_row_grads grads_for(const Gradient &dx, const at::Tensor &stats, const Problem &problem,
+                        int64_t reduction) {
+  wce_row_grads grads{};
+  grads.dx = dx.view();
+  set_saved(grads, stats, problem);
+  if (reduction != WCE_MEAN) return grads;
+  grads.denominator = stats.const_data_ptr();
+  if (problem.c.target2) grads.denominator2 = last_value(stats);
+  return grads;
+}
+
 at::Tensor backward_cpu(WCE_BACKWARD_PARAMS(int64_t)) {
   const OptTensor none;
   const LossArgs args{input,     target,        weight, reduction, label_smoothing,
@@ -210,34 +222,22 @@ at::Tensor backward_cpu(WCE_BACKWARD_PARAMS(int64_t)) {
   Gradient dx(input, problem);
   if (problem.rows == 0 || problem.c.classes == 0) return dx.finish();
 
-  wce_row_grads grads{};
-  grads.dx = dx.view();
-  set_saved(grads, stats, problem);
+  wce_row_grads grads = grads_for(dx, stats, problem, reduction);
   c10::MaybeOwned<at::Tensor> grad_owner;
   set_grad(grads, grad, grad_owner);
-  if (reduction == WCE_MEAN) {
-    grads.denominator = stats.const_data_ptr();
-    if (target2) grads.denominator2 = last_value(stats);
-  }
   Run(problem).backward(grads);
   return dx.finish();
 }
 
-// Forward and backward of a reduced loss: its sums, and the gradient. The denominators stand in stats.
+// Forward and backward of a reduced loss: its sums, and the gradient.
 std::pair<wce_sums, at::Tensor> run_both(const Run &run, const at::Tensor &input,
                                          const Problem &problem, const wce_row_outputs &out,
                                          const at::Tensor &stats, double upstream,
                                          int64_t reduction) {
   Gradient dx(input, problem);
-  wce_row_grads grads{};
-  set_saved(grads, stats, problem);
-  grads.dx = dx.view();
+  wce_row_grads grads = grads_for(dx, stats, problem, reduction);
   grads.grad = &upstream;
   grads.grad_dtype = WCE_F64;
-  if (reduction == WCE_MEAN) {
-    grads.denominator = stats.const_data_ptr();
-    if (problem.c.target2) grads.denominator2 = last_value(stats);
-  }
   const wce_sums sums = run.both(out, grads);
   return {sums, dx.finish()};
 }
@@ -326,9 +326,9 @@ RowsAndGrad rows_value_and_grad_cpu(double upstream, WCE_ROWS_PARAMS(int64_t)) {
   check_reduced(reduction);
   check_rows(args);
   const Problem problem(args, ignore_index);
-  RowResults rows(args, problem, entropy);
   if (problem.rows == 0) return rows_forward_then_backward(upstream, WCE_ROWS_ARGS);
 
+  RowResults rows(args, problem, entropy);
   const Run run(problem);
   const Denominators by = find_denominators(run, problem, normalizer, reduction);
   set_denominators(rows.stats, by, false);
@@ -347,10 +347,7 @@ at::Tensor rows_backward_cpu(WCE_ROWS_BACKWARD_PARAMS(int64_t)) {
   Gradient dx(input, problem);
   if (problem.rows == 0 || problem.c.classes == 0) return dx.finish();
 
-  wce_row_grads grads{};
-  grads.dx = dx.view();
-  set_saved(grads, stats, problem);
-  if (reduction == WCE_MEAN) grads.denominator = stats.const_data_ptr();
+  wce_row_grads grads = grads_for(dx, stats, problem, reduction);
   const RowGrads upstream(grads, problem.acc, grad_loss, grad_lse, grad_log_prob);
   Run(problem).backward(grads);
   return dx.finish();

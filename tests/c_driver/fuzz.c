@@ -535,20 +535,6 @@ static wce_row_grads run_backward(const wce_plan *plan, const wce_row_outputs *o
 
 /* ---- both in one go: the same bits ----------------------------------------------------------- */
 
-static void check_weights(const wce_plan *plan, const wce_sums *forward) {
-  wce_sums *sums = buffer(plan->tasks, sizeof *sums);
-  for (int64_t i = 0; i < plan->tasks; i++) wce_cpu_weigh(plan, &now.p, i, sums);
-  wce_sums got = wce_cpu_add(plan, sums);
-  if (memcmp(&got.weight, &forward->weight, sizeof got.weight) && !isnan(forward->weight))
-    wrong("weight before forward", -1, -1, got.weight, forward->weight, 0);
-  if (memcmp(&got.weight2, &forward->weight2, sizeof got.weight2) && !isnan(forward->weight2))
-    wrong("weight2 before forward", -1, -1, got.weight2, forward->weight2, 0);
-  if (got.count != forward->count)
-    wrong("count before forward", -1, -1, (double)got.count, (double)forward->count, 0);
-  if (got.bad_row != forward->bad_row)
-    wrong("bad_row before forward", -1, -1, (double)got.bad_row, (double)forward->bad_row, 0);
-}
-
 static void check_same(const char *what, const void *got, const void *want, wce_dtype dtype,
                        int64_t count) {
   int64_t size = dtype_size(dtype);
@@ -557,6 +543,18 @@ static void check_same(const char *what, const void *got, const void *want, wce_
     double a = element(got, dtype, i), b = element(want, dtype, i);
     if (!isnan(a) || !isnan(b)) wrong(what, -1, i, a, b, 0);
   }
+}
+
+static void check_weights(const wce_plan *plan, const wce_sums *forward) {
+  wce_sums *sums = buffer(plan->tasks, sizeof *sums);
+  for (int64_t i = 0; i < plan->tasks; i++) wce_cpu_weigh(plan, &now.p, i, sums);
+  wce_sums got = wce_cpu_add(plan, sums);
+  check_same("weight before forward", &got.weight, &forward->weight, WCE_F64, 1);
+  check_same("weight2 before forward", &got.weight2, &forward->weight2, WCE_F64, 1);
+  if (got.count != forward->count)
+    wrong("count before forward", -1, -1, (double)got.count, (double)forward->count, 0);
+  if (got.bad_row != forward->bad_row)
+    wrong("bad_row before forward", -1, -1, (double)got.bad_row, (double)forward->bad_row, 0);
 }
 
 static void *like(const void *rows, wce_dtype dtype) {
