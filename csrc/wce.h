@@ -147,10 +147,10 @@ wce_sums wce_cpu_finish(const wce_plan *plan, const wce_problem *problem,
 int64_t wce_cpu_backward(const wce_plan *plan, const wce_problem *problem,
                          const wce_row_grads *grads, int64_t task);
 
-/* Backward of a task behind its forward, whose results it may read, while its logits are in the caches; not
- * for WCE_SPLIT, where a row is many tasks. Returns what backward returns.                         */
-int64_t wce_cpu_both(const wce_plan *plan, const wce_problem *problem, const wce_row_outputs *out,
-                     const wce_row_grads *grads, int64_t task, wce_sums *sums);
+/* Forward and backward of tasks [task0, task1), at least one, while their logits are in the caches; not for
+ * WCE_SPLIT, where a row is many tasks. Whether targets are good is to be asked of weigh before.    */
+void wce_cpu_both(const wce_plan *plan, const wce_problem *problem, const wce_row_outputs *out,
+                  const wce_row_grads *grads, int64_t task0, int64_t task1, wce_sums *sums);
 
 /* Instruction sets, weakest first: "base", then "avx2", "avx512" on x86-64.                        */
 int wce_cpu_isa_count(void);

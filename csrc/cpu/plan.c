@@ -174,14 +174,27 @@ int64_t wce_cpu_backward(const wce_plan *plan, const wce_problem *p, const wce_r
   return kernels->rows_backward(p, grads, r.row0, r.row1, r.c0, r.c1, plan->stream);
 }
 
-int64_t wce_cpu_both(const wce_plan *plan, const wce_problem *p, const wce_row_outputs *out,
-                     const wce_row_grads *grads, int64_t task, wce_sums *sums) {
+static void both(const wce_plan *plan, const wce_problem *p, const wce_row_outputs *out,
+                 const wce_row_grads *grads, int64_t task, wce_sums *sums) {
   const wce_kernels *kernels = wce_cpu_kernels(p->dtype);
   range r = task_range(plan, p, task);
   if (backward_regime(plan, p, grads) == WCE_TILE) {
     sums[task] = no_sums;
-    return kernels->tile_both(p, out, grads, r.row0, r.row1, plan->stream, sums + task);
+    kernels->tile_both(p, out, grads, r.row0, r.row1, plan->stream, sums + task);
+    return;
   }
   wce_cpu_forward(plan, p, out, task, sums, NULL);
-  return wce_cpu_backward(plan, p, grads, task);
+  wce_cpu_backward(plan, p, grads, task);
+}
+
+void wce_cpu_both(const wce_plan *plan, const wce_problem *p, const wce_row_outputs *out,
+                  const wce_row_grads *grads, int64_t task0, int64_t task1, wce_sums *sums) {
+  if (plan->regime != WCE_ROWS) {
+    for (int64_t t = task0; t < task1; t++) both(plan, p, out, grads, t, sums);
+    return;
+  }
+  for (int64_t t = task0; t < task1; t++) sums[t] = no_sums;
+  range first = task_range(plan, p, task0), last = task_range(plan, p, task1 - 1);
+  wce_cpu_kernels(p->dtype)->rows_both(p, out, grads, first.row0, last.row1, plan->rows_per_task,
+                                       plan->stream, sums + task0);
 }

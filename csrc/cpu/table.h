@@ -20,6 +20,8 @@ typedef struct {
                        wce_sums *);
   int64_t (*rows_backward)(const wce_problem *, const wce_row_grads *, int64_t row0, int64_t row1,
                            int64_t c0, int64_t c1, int stream);
+  void (*rows_both)(const wce_problem *, const wce_row_outputs *, const wce_row_grads *,
+                    int64_t row0, int64_t row1, int64_t rows_per_task, int stream, wce_sums *);
   void (*order_prior)(wce_problem *, void *room); /* wce_cpu_order_prior                           */
   /* WCE_SPLIT: one piece of one row, then all pieces of one row in column order                   */
   void (*piece)(const wce_problem *, int want_entropy, int64_t row, int64_t c0, int64_t c1,

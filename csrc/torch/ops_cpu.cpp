@@ -77,8 +77,8 @@ public:
       return sums;
     }
     Sums sums = room_for_sums();
-    for_each_task([&](int64_t task) {
-      wce_cpu_both(&plan_, &ordered_.c, &out, &grads, task, sums.data());
+    for_tasks([&](int64_t begin, int64_t end) {
+      wce_cpu_both(&plan_, &ordered_.c, &out, &grads, begin, end, sums.data());
     });
     return wce_cpu_add(&plan_, sums.data());
   }
@@ -92,10 +92,15 @@ private:
     return sums;
   }
 
-  template <class Body> void for_each_task(const Body &body) const {
+  // body(begin, end) runs tasks [begin, end).
+  template <class Body> void for_tasks(const Body &body) const {
     const int64_t grain =
         std::max<int64_t>(1, elements_per_chunk / std::max<int64_t>(1, plan_.work_per_task));
-    at::parallel_for(0, plan_.tasks, grain, [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, plan_.tasks, grain, body);
+  }
+
+  template <class Body> void for_each_task(const Body &body) const {
+    for_tasks([&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; task++) body(task);
     });
   }
