@@ -4,8 +4,8 @@
 // caches both reads come from memory. Forward can make the gradient of each piece of them while it is
 // in the caches, which saves a third of all traffic -- if it knows the upstream gradient g that backward
 // will bring: 1, or a loss scale, step after step. Small logits of few classes gain as well, as e^(x - m)
-// is then made once (wce_cpu_both). Forward + backward, Zen 5, two threads: (512, 128256) 1.33 times
-// faster, (8, 19, 512, 512) 1.58, (1024, 10) 1.12, (1024, 1000) 1.03. So:
+// is then made once (wce_cpu_both). Forward + backward, Zen 5, two threads: (512, 128256) 1.47 times
+// faster, (8, 19, 512, 512) 1.58, (1024, 10) 1.12, (1024, 1000) the same. So:
 //
 //  * Forward expects g after two backwards in turn that brought it; after a wrong guess it takes twice as
 //    many, up to 64, until a guess is right. A gradient that no backward asked for is a wrong guess.
