@@ -125,6 +125,27 @@ def test_bits_of_large_gradients(isa):
         check_op(*op_arguments(Case(shape, weight="positive")))
 
 
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("body", ["weighted", "smooth", "prior", "mixture"])
+def test_bits_of_rows_past_the_caches(isa, dtype, body):
+    """Rows of a gradient above 16 MiB have the bits of the same rows alone."""
+    dtype = DTYPES[dtype]
+    rows = 9000 if dtype.itemsize == 2 else 4500
+    args, keywords = op_arguments(Case((rows, 1001), **BODIES.get(body, {})), dtype)
+    args = (*args[:3], 2, *args[4:])
+    if body == "mixture":
+        acc = torch.promote_types(dtype, torch.float32)
+        keywords |= {"target2": args[1].flip(0), "mix": torch.tensor(0.3, dtype=acc)}
+    large = ops.value_and_grad(1.0, *args, **keywords)[2]
+    check_op(args, keywords)
+    for part in (slice(0, 100), slice(rows - 77, rows)):
+        few = {name: value[part] if torch.is_tensor(value) and value.dim() and len(value) == rows
+               else value for name, value in keywords.items()}
+        small = ops.value_and_grad(1.0, args[0][part], args[1][part], *args[2:], **few)[2]
+        assert same_bits(large[part], small)
+
+
 def test_bits_of_special_values():
     for value, shape in itertools.product((torch.inf, -torch.inf, torch.nan), SHAPES):
         args, keywords = op_arguments(Case(shape, weight="positive"))
