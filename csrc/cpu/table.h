@@ -14,8 +14,8 @@ typedef struct {
                        wce_sums *);
   int64_t (*tile_backward)(const wce_problem *, const wce_row_grads *, int64_t row0, int64_t row1,
                            int stream);
-  int64_t (*tile_both)(const wce_problem *, const wce_row_outputs *, const wce_row_grads *,
-                       int64_t row0, int64_t row1, int stream, wce_sums *);
+  void (*tile_both)(const wce_problem *, const wce_row_outputs *, const wce_row_grads *,
+                    int64_t row0, int64_t row1, int stream, wce_sums *);
   void (*rows_forward)(const wce_problem *, const wce_row_outputs *, int64_t row0, int64_t row1,
                        wce_sums *);
   int64_t (*rows_backward)(const wce_problem *, const wce_row_grads *, int64_t row0, int64_t row1,
