@@ -33,6 +33,13 @@ typedef struct {
 /* Rows that the loops over rows handle together; tasks of the tile regime are multiples of it.    */
 enum { WCE_TILE_ROWS = 256 };
 
+enum {
+  WCE_WHOLE_ROW = 4096,    /* bytes, as acc, of a row that is one block in forward. C = 1000, Zen 4:
+                            * 0.21 -> 0.18 ns an element; float64 loses 10 % by more                */
+  WCE_KEPT_BYTES = 1 << 17 /* of what forward keeps of a batch for backward, see kept.inc; without
+                            * what fills up vectors                                                 */
+};
+
 /* Each instruction set is one symbol: its kernels by element type.                                */
 extern const wce_kernels wce_kernels_base[WCE_DTYPE_COUNT];
 extern const wce_kernels wce_kernels_avx2[WCE_DTYPE_COUNT];

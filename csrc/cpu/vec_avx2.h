@@ -14,7 +14,7 @@ typedef __m256 v_f32;
 typedef __m256d v_f64;
 typedef int32_t lane_f32;
 typedef int64_t lane_f64;
-enum { LANES_f32 = 8, LANES_f64 = 4, EXP_AHEAD = 0 };
+enum { LANES_f32 = 8, LANES_f64 = 4, EXP_AHEAD = 0, EXP_IS_QUICK = 0 };
 
 /* All bits set in the first n lanes. */
 WCE_INLINE __m256i wce_first_lanes_f32(int n) {

@@ -14,7 +14,7 @@ typedef __m512 v_f32;
 typedef __m512d v_f64;
 typedef int32_t lane_f32;
 typedef int64_t lane_f64;
-enum { LANES_f32 = 16, LANES_f64 = 8, EXP_AHEAD = 1 };
+enum { LANES_f32 = 16, LANES_f64 = 8, EXP_AHEAD = 1, EXP_IS_QUICK = 1 };
 
 /* The first n lanes; all of them when n is larger. */
 WCE_INLINE uint32_t wce_first_lanes(int n, int lanes) {

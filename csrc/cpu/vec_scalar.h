@@ -25,6 +25,7 @@
  *   store_quad_<elem>(p, step, quad)     the reverse, rows in ascending order
  *
  * EXP_AHEAD: 1 where there are 32 registers, see vec_exp.h.
+ * EXP_IS_QUICK: 1 where to make an exp of a float takes no longer than to keep it, see kept.inc.
  *
  * and for all types: stream_line(to, from), 64 bytes past the caches, to aligned; stream_fence().
  */
@@ -42,7 +43,7 @@ typedef float v_f32;
 typedef double v_f64;
 typedef int32_t lane_f32;
 typedef int64_t lane_f64;
-enum { LANES_f32 = 1, LANES_f64 = 1, EXP_AHEAD = 0 };
+enum { LANES_f32 = 1, LANES_f64 = 1, EXP_AHEAD = 0, EXP_IS_QUICK = 0 };
 
 #define WCE_SCALAR_WORDS(acc, type, floor_fn, ldexp_fn)                                        \
   WCE_INLINE type acc##_set1(type a) { return a; }                                             \

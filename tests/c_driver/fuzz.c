@@ -145,9 +145,9 @@ static void random_shape(wce_problem *p) {
     rows = 256 * (1 + below(3));
     p->inner = chance(40) ? 1 : chance(50) ? 256 : rows;
   }
-  if (chance(3)) { /* tasks that take turns                                                        */
-    p->classes = 640 + below(4400);
-    rows = 65536 / p->classes * (1 + below(3)) + 1 + below(3);
+  if (chance(6)) { /* batches of which forward keeps much, up to all that fits; tasks that take turns   */
+    p->classes = chance(50) ? 33 + below(1000) : 640 + below(4400);
+    rows = (chance(50) ? 32768 : 65536) / p->classes * (1 + below(3)) + 1 + below(3);
     p->inner = chance(60) ? 1 : 1 + below(rows);
   }
   p->outer = rows / p->inner;
