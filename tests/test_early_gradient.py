@@ -19,7 +19,8 @@ ops = torch.ops.wce
 
 # Both sides of every border between ways through the kernels; more rows than a batch has.
 SHAPES = [(600, 2), (600, 5), (300, 19), (300, 31), (300, 32), (300, 33), (300, 40), (300, 44),
-          (300, 100), (300, 129), (300, 200), (90, 512), (90, 513), (70, 1000), (70, 1025),
+          (20, 100), (20, 500), (300, 96), (300, 100), (300, 129), (250, 145), (240, 161),
+          (300, 192), (300, 200), (110, 289), (97, 337), (90, 512), (90, 513), (70, 1000), (70, 1025),
           (140, 700), (30, 5001), (3, 40_000), (2, 2, 17, 17), (2, 5, 16, 32), (2, 19, 300),
           (2, 32, 290), (1, 40, 512), (1, 41, 300), (2, 150, 260)]
 BODIES = {
@@ -121,7 +122,7 @@ def test_bits_of_rows(isa, dtype, entropy):
 
 @pytest.mark.parametrize("isa", ISAS, indirect=True)
 def test_bits_of_large_gradients(isa):
-    """Above 16 MiB gradients go past the caches."""
+    """Gradients above STREAM_ROWS and STREAM_TILES (plan.c) go past the caches."""
     for shape in ((300_000, 19), (5000, 1000), (90, 50_257), (2, 19, 512, 512), (1, 150, 300, 300)):
         check_op(*op_arguments(Case(shape, weight="positive")))
 
@@ -129,11 +130,12 @@ def test_bits_of_large_gradients(isa):
 @pytest.mark.parametrize("isa", ISAS, indirect=True)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("body", ["weighted", "smooth", "prior", "mixture"])
-def test_bits_of_rows_past_the_caches(isa, dtype, body):
-    """Rows of a gradient above 16 MiB have the bits of the same rows alone."""
+@pytest.mark.parametrize("classes", [100, 1001])
+def test_bits_of_rows_past_the_caches(isa, dtype, body, classes):
+    """Rows of a gradient above STREAM_ROWS have the bits of the same rows alone."""
     dtype = DTYPES[dtype]
-    rows = 9000 if dtype.itemsize == 2 else 4500
-    args, keywords = op_arguments(Case((rows, 1001), **BODIES.get(body, {})), dtype)
+    rows = (9 << 20) // (classes * dtype.itemsize)
+    args, keywords = op_arguments(Case((rows, classes), **BODIES.get(body, {})), dtype)
     args = (*args[:3], 2, *args[4:])
     if body == "mixture":
         acc = torch.promote_types(dtype, torch.float32)

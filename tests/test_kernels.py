@@ -602,7 +602,7 @@ def test_a_row_does_not_depend_on_its_neighbours(isa, dtype, classes):
             assert torch.equal(one[0], other[row])
 
 
-# One item each; as many are made as a gradient above STREAM_BYTES (plan.c) needs.
+# One item each; as many are made as a gradient above STREAM_TILES (plan.c) needs.
 ITEMS = {
     "two": (2, 512, 256), "narrow": (10, 300, 100), "image": (19, 160, 160),
     "odd_image": (33, 121, 119), "two_tiles": (41, 128, 128), "wide": (150, 64, 64),

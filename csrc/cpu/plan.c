@@ -13,13 +13,14 @@ enum {
                               * classes the same and 0.48 -> 0.40                                     */
   NARROW_CLASSES_F64 = 31,   /* half as many lanes: 32 classes 0.87 -> 1.08                         */
   TASK_ELEMENTS = 1 << 16,   /* enough to pay for handing a task to a thread                        */
-  STREAM_TILES = 1 << 24,    /* gradients of as many bytes go past the caches: in tiles of 16 MiB, which
-                              * take 1 to 32 % less time up to 28 MiB (Zen 4 with an L3 of 32), 8 to 12
-                              * MiB -12 to +15 %                                                    */
-  STREAM_ROWS = 1 << 23,     /* in rows of 8. Zen 5 with an L3 of 32, up to 12 MiB, with a reader of the
-                              * gradient behind: 1000 classes f32 20 % less, 8000 36 %, 32 10 %, bf16
-                              * 3 to 6 % where the gradient's memory has left the caches since the step
-                              * before; where it has not, from -34 to +13 %; of 5 MiB up to +28 %      */
+  STREAM_TILES = 1 << 24,    /* gradients that are made in tiles go past the caches from 16 MiB on, those
+                              * that are made in rows from 8. An L3 of 32 MiB and a reader of the
+                              * gradient behind. Tiles, Zen 4: of 16 to 28 MiB 1 to 32 % less time; Zen
+                              * 5: of 8 to 12 MiB 12 % less to 15 % more                              */
+  STREAM_ROWS = 1 << 23,     /* Zen 5, 8 and 12 MiB, when the gradient's memory has left the caches since
+                              * the step before: f32 32 classes 10 % less time, 1000 20 %, 8000 36 %,
+                              * bf16 3 to 6 %; when it has not: 34 % less to 13 % more. At 5 MiB 17 %
+                              * less to 28 % more                                                     */
   SPLIT_CLASSES = 1 << 15,   /* rows this long are cut when there are few of them                   */
   SPLIT_ROWS = 64,
   SPLIT_COLUMNS = 1 << 14,
@@ -65,10 +66,11 @@ static wce_regime choose(const wce_problem *p, int64_t rows) {
 static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static int64_t at_least(int64_t a, int64_t b) { return a > b ? a : b; }
 
-/* At most `rows` rows of a task, whose batches of at most WCE_TILE_ROWS all fit where forward may keep what
- * backward needs (kept.inc).                                                                      */
+/* At most `rows` rows of a task: so few that what forward may keep of a batch of them for backward has room
+ * (kept.inc), in whole groups of short rows (side.inc).                                           */
 static int64_t keepable_rows(const wce_problem *p, int64_t rows) {
-  int64_t row_bytes = p->classes * (p->dtype == WCE_F64 ? 8 : 4), fit = WCE_KEPT_BYTES / row_bytes;
+  int64_t row_bytes = at_least(1, p->classes) * (p->dtype == WCE_F64 ? 8 : 4);
+  int64_t fit = WCE_KEPT_BYTES / row_bytes / WCE_MOST_LANES * WCE_MOST_LANES;
   return row_bytes <= WCE_WHOLE_ROW && fit < WCE_TILE_ROWS ? fit : rows;
 }
 

@@ -36,8 +36,9 @@ enum { WCE_TILE_ROWS = 256 };
 enum {
   WCE_WHOLE_ROW = 4096,    /* bytes, as acc, of a row that is one block in forward. C = 1000, Zen 4:
                             * 0.21 -> 0.18 ns an element; float64 loses 10 % by more                */
-  WCE_KEPT_BYTES = 1 << 17 /* of what forward keeps of a batch for backward, see kept.inc; without
-                            * what fills up vectors                                                 */
+  WCE_KEPT_BYTES = 1 << 17, /* of what forward keeps of a batch for backward, see kept.inc; without
+                             * what fills up vectors                                                */
+  WCE_MOST_LANES = 16       /* of any vec_<isa>.h                                                   */
 };
 
 /* Each instruction set is one symbol: its kernels by element type.                                */

@@ -146,7 +146,7 @@ static void random_shape(wce_problem *p) {
     p->inner = chance(40) ? 1 : chance(50) ? 256 : rows;
   }
   if (chance(6)) { /* batches of which forward keeps much, up to all that fits; tasks that take turns   */
-    p->classes = chance(50) ? 33 + below(1000) : 640 + below(4400);
+    p->classes = chance(40) ? 33 + below(350) : chance(30) ? 380 + below(650) : 640 + below(4400);
     rows = (chance(50) ? 32768 : 65536) / p->classes * (1 + below(3)) + 1 + below(3);
     p->inner = chance(60) ? 1 : 1 + below(rows);
   }
