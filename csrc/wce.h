@@ -91,7 +91,7 @@ typedef enum { WCE_NONE, WCE_MEAN, WCE_SUM } wce_reduction; /* numbered as in to
 typedef struct {
   wce_view dx;                /* same unit stride as the logits, other strides of its own          */
   const void *max, *log_sum;  /* from forward, or NULL: computed again                             */
-  const void *coef_sum;       /* the same, of soft targets alone; NULL too where max is NULL        */
+  const void *coef_sum;       /* the same, with them and of soft targets alone                     */
   const void *grad;           /* g before the division, or NULL for 0                              */
   wce_dtype grad_dtype;       /*                                                                   */
   int64_t grad_stride;        /* 0: one value for all rows; 1: [rows]                              */
@@ -101,10 +101,15 @@ typedef struct {
   const void *grad_log_prob;  /* u, [rows] acc, or NULL                                            */
 } wce_row_grads;
 
-/* Whether forward keeps m and L for backward. For narrow rows that costs more than to compute them
- * again: with 24 classes 4 to 20 % of backward, with 32 it saves 4 to 35 (Zen 4, f32 and bf16). One
- * rule for every device and for shape inference.                                                  */
-static inline int wce_saves_stats(int64_t classes) { return classes >= 32; }
+/* Fewest classes of which forward saves m and L (and A of soft targets) for backward: where they are at
+ * most a twentieth of what the logits are. Of shorter rows backward makes them again, which takes no
+ * memory and, up to 24 classes, less time; from 32 on a backward by itself would be 1.3 to 1.7 times as
+ * fast if they were saved (Zen 5), one in the same go as forward no faster. One rule for every device and
+ * for shape inference.                                                                             */
+static inline int64_t wce_saves_from(wce_dtype dtype, int is_soft) {
+  int values = is_soft ? 3 : 2, elements = dtype == WCE_BF16 || dtype == WCE_F16 ? 2 : 1; /* of a value */
+  return 20 * values * elements;
+}
 
 /* ---- CPU ------------------------------------------------------------------------------------ */
 

@@ -250,24 +250,20 @@ void check_row_grad(const at::Tensor &input, const OptTensor &grad, const char *
 }
 
 // A formula without branches: a traced graph holds for any number of classes.
-SymInt stats_size(const at::Tensor &input, int64_t saved, int64_t denominators) {
-  static const int64_t widest_without = [] {
-    int64_t width = 0;
-    while (!wce_saves_stats(width + 1)) width++;
-    return width;
-  }();
+SymInt stats_size(const at::Tensor &input, bool soft, int64_t denominators) {
+  const int64_t widest_without = wce_saves_from(dtype_of(input.scalar_type()), soft) - 1;
   const SymInt saves = (classes_of(input) - widest_without).max(0).min(1); // 0 or 1
-  return saves * count_rows(input) * saved + denominators;
+  return saves * count_rows(input) * (soft ? 3 : 2) + denominators;
 }
 
 } // namespace
 
 SymInt stats_size(const LossArgs &args) {
-  return stats_size(args.input, is_soft(args.input, args.target) ? 3 : 2, args.target2 ? 2 : 1);
+  return stats_size(args.input, is_soft(args.input, args.target), args.target2 ? 2 : 1);
 }
 
 SymInt stats_size(const RowsArgs &args) {
-  return stats_size(args.input, args.target_prob ? 3 : 2, 1);
+  return stats_size(args.input, args.target_prob.has_value(), 1);
 }
 
 bool is_soft(const at::Tensor &input, const at::Tensor &target) {

@@ -268,9 +268,10 @@ void *value_at(const at::Tensor &stats, int64_t index) {
 } // namespace
 
 SavedRows saved_rows(const at::Tensor &stats, const Problem &problem) {
-  if (!wce_saves_stats(problem.c.classes)) return {};
+  const bool soft = problem.c.prob.data != nullptr;
+  if (problem.c.classes < wce_saves_from(problem.c.dtype, soft)) return {};
   return {value_at(stats, 1), value_at(stats, 1 + problem.rows),
-          problem.c.prob.data ? value_at(stats, 1 + 2 * problem.rows) : nullptr};
+          soft ? value_at(stats, 1 + 2 * problem.rows) : nullptr};
 }
 
 void *last_value(const at::Tensor &stats) { return value_at(stats, stats.numel() - 1); }

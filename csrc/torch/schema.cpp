@@ -31,9 +31,9 @@ TORCH_LIBRARY(wce, m) {
   m.def("cross_entropy" WCE_SCHEMA_LOSS " -> Tensor", tags);
   m.def("composite" WCE_SCHEMA_LOSS " -> Tensor", tags);
 
-  // stats, 1-D of type float32 (float64 for float64 logits): the mean's denominator, from 32
-  // classes on m[rows], L[rows] and, where the target is soft, the sums of its coefficients [rows]
-  // after it, and last the denominator of target2's half.
+  // stats, 1-D of type float32 (float64 for float64 logits): the mean's denominator, from
+  // wce_saves_from (wce.h) classes on m[rows], L[rows] and, where the target is soft, the sums of its
+  // coefficients [rows] after it, and last the denominator of target2's half.
   m.def("forward" WCE_SCHEMA_LOSS " -> (Tensor loss, Tensor stats)", tags);
   m.def("backward(Tensor grad, Tensor input, Tensor target, Tensor? weight, Tensor stats, "
         "int reduction, SymInt ignore_index, float label_smoothing, *, Tensor? log_prior=None, "

@@ -419,7 +419,7 @@ static wce_row_outputs random_outputs(void) {
   out.loss = maybe_rows(1, out.loss_dtype);
   if (stats) out.max = buffer(now.rows, dtype_size(acc));
   if (stats) out.log_sum = buffer(now.rows, dtype_size(acc));
-  if (stats && now.p.prob.data && chance(70)) out.coef_sum = buffer(now.rows, dtype_size(acc));
+  if (stats && now.p.prob.data) out.coef_sum = buffer(now.rows, dtype_size(acc));
   out.lse = maybe_rows(now.wants_rows, acc);
   out.log_prob = maybe_rows(now.wants_rows && now.p.target, acc);
   out.entropy = maybe_rows(now.wants_rows, acc);
