@@ -48,7 +48,8 @@ typedef struct {
   const int64_t *target2; /* [rows] or NULL: the second index target of a mixture                  */
   const void *mix;        /* acc: what target has of the mixture; with target2, else NULL          */
   int64_t mix_stride;     /* 0: one value for all rows; 1: [rows]                                  */
-  wce_view prob;          /* soft target; data NULL: absent. Same unit stride as the logits        */
+  wce_view prob;          /* soft target; data NULL: absent. On CUDA rows or planes as the logits are;
+                             on the CPU it may be the other                                        */
   wce_dtype prob_dtype;   /* f64 with f64 logits, else f32, bf16 or f16                            */
 
   const void *weight;        /* [classes] acc, or NULL                                             */

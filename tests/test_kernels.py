@@ -71,8 +71,9 @@ def expected(shape, body, dtype):
     return x, target, options, reference(x, target, **options)
 
 
-def add_problem(batch, shape, body, dtype, layout, steps=16.0):
-    """The problem in one layout; 'matrix' makes each position a row of a 2-D tensor."""
+def add_problem(batch, shape, body, dtype, layout, steps=16.0, target_layout=None):
+    """The problem in one layout; 'matrix' makes each position a row of a 2-D tensor. A soft target
+    may have a layout of its own."""
     x, target, options, want = expected(shape, body, dtype)
     if layout == "matrix":
         matrix = lambda t: to_rows(t).contiguous() if t.shape == x.shape else t  # noqa: E731
@@ -83,9 +84,10 @@ def add_problem(batch, shape, body, dtype, layout, steps=16.0):
         target = matrix(target) if target.shape == x.shape else target.reshape(-1)
         x = matrix(x)
     else:
-        target = as_layout(target, layout) if target.shape == x.shape else target
+        soft = target.shape == x.shape
+        target = as_layout(target, target_layout or layout) if soft else target
         x = as_layout(x, layout)
-    batch.add(f"{shape} {body} {dtype} {layout}", x, target, options, want, steps)
+    batch.add(f"{shape} {body} {dtype} {layout} {target_layout}", x, target, options, want, steps)
 
 
 def planes(x):
@@ -187,6 +189,28 @@ def many_positions(dtype, body):
 def test_many_positions(isa, kind, dtype, body, forced):
     """Around the lengths at which tiles of positions are cut, with few and many classes."""
     many_positions(dtype, body).verify(ce)
+
+
+ACROSS = [pair for pair in itertools.permutations(PLACES[:-1], 2) if "class_last" in pair
+          or "shifted" in pair]  # rows and planes, but for two pairs
+
+
+@functools.lru_cache(maxsize=2)
+def soft_across(pair, dtype, body):
+    batch = Batch()
+    for shape in ((2, 1, 9), (2, 2, 70), (3, 5, 300), (2, 19, 130), (2, 40, 70), (2, 41, 33),
+                  (2, 130, 70), (2, 700, 9), (1, 1100, 300)):
+        add_problem(batch, shape, body, dtype, pair[0], long_steps(shape[1]), pair[1])
+    return batch
+
+
+@every_isa
+@pytest.mark.parametrize("pair", ACROSS, ids="-".join)
+@every_dtype
+@pytest.mark.parametrize("body", ["soft", "soft_smooth"])
+def test_soft_target_that_lies_across(isa, pair, dtype, body):
+    """Classes of the logits side by side and positions of the target, and the other way round."""
+    soft_across(pair, dtype, body).verify(ce)
 
 
 def shift(t, offset):

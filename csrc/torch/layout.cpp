@@ -12,13 +12,19 @@
 #include "ops.h"
 
 namespace wce {
-namespace {
-
-using at::IntArrayRef;
 
 struct Span {
   int64_t size = 1, stride = 0;
 };
+
+struct Fit { // of a tensor in a layout
+  Span outer, inner;
+  wce_view view{};
+};
+
+namespace {
+
+using at::IntArrayRef;
 
 // The dimensions [begin, end) but the class dimension as one dimension; false where they are not.
 bool merge(IntArrayRef sizes, IntArrayRef strides, int64_t class_dim, int64_t begin, int64_t end,
@@ -34,11 +40,6 @@ bool merge(IntArrayRef sizes, IntArrayRef strides, int64_t class_dim, int64_t be
   }
   return true;
 }
-
-struct Fit {
-  Span outer, inner;
-  wce_view view{};
-};
 
 bool fits(const at::TensorBase &tensor, const Layout &layout, Fit &fit) {
   const IntArrayRef sizes = tensor.sizes(), strides = tensor.strides();
@@ -152,19 +153,37 @@ void Problem::set_logits(const at::Tensor &input) {
     input_ = Owned::owned(input.contiguous());
     choose_layout(*input_, layout, fit);
   }
+  use(fit);
+}
+
+void Problem::use(const Fit &fit) {
   c.outer = fit.outer.size;
   c.inner = fit.inner.size;
   c.logits = fit.view;
   c.logits.data = data_of(*input_);
 }
 
-void Problem::set_prob(const at::Tensor &prob) {
+// Logits as rows and the soft target as planes, or the other way round, cut at the same dimension.
+bool Problem::fits_across(const at::Tensor &prob, Fit &fit) {
+  for (int64_t split = 0; split <= prob.dim(); split++) {
+    const Layout mine{layout.class_dim, split, layout.rows}, other{mine.class_dim, split, !mine.rows};
+    Fit logits;
+    if (!fits(*input_, mine, logits) || !fits(prob, other, fit)) continue;
+    layout = mine;
+    use(logits);
+    return true;
+  }
+  return false;
+}
+
+void Problem::set_prob(const at::Tensor &prob, Kernels kernels) {
   const at::ScalarType type = prob_type(prob.scalar_type(), acc);
   c.prob_dtype = dtype_of(type);
   prob_ = Owned::borrowed(prob);
   if (rows == 0 || c.classes == 0) return;
   Fit fit;
-  if (prob.scalar_type() != type || !fits(prob, layout, fit)) {
+  const bool may_cross = kernels == Kernels::cpu, same_type = prob.scalar_type() == type;
+  if (!same_type || !(fits(prob, layout, fit) || (may_cross && fits_across(prob, fit)))) {
     prob_ = Owned::owned(copy_in_layout(prob, layout, type));
     fits(*prob_, layout, fit);
   }
@@ -184,12 +203,12 @@ const uint8_t *Problem::bool_rows(const OptTensor &mask) {
   return static_cast<const uint8_t *>(data_of(*mask_));
 }
 
-Problem::Problem(const LossArgs &args, int64_t ignore_index) {
+Problem::Problem(const LossArgs &args, int64_t ignore_index, Kernels kernels) {
   set_logits(args.input);
   const double smoothing = args.label_smoothing > 0 ? args.label_smoothing : 0; // nan: none
   c.floor = smoothing > 0 && c.classes > 0 ? smoothing / static_cast<double>(c.classes) : 0;
   if (is_soft(args.input, args.target)) {
-    set_prob(args.target);
+    set_prob(args.target, kernels);
     c.soft = 1 - smoothing;
   } else {
     c.target = index_target(args.target, target_);
@@ -208,9 +227,9 @@ Problem::Problem(const LossArgs &args, int64_t ignore_index) {
   c.skip_empty = args.skip_empty;
 }
 
-Problem::Problem(const RowsArgs &args, int64_t ignore_index) {
+Problem::Problem(const RowsArgs &args, int64_t ignore_index, Kernels kernels) {
   set_logits(args.input);
-  if (args.target_prob) set_prob(*args.target_prob);
+  if (args.target_prob) set_prob(*args.target_prob, kernels);
   if (args.target) c.target = index_target(*args.target, target_);
   c.weight = as_acc(args.weight, acc, weight_);
   c.prior = as_acc(args.log_prior, acc, prior_);

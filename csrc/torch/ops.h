@@ -160,18 +160,22 @@ struct Layout {
   int64_t class_dim, split;
   bool rows;
 };
+struct Fit; // layout.cpp
+
+// Who will read the problem: those of the CPU take soft targets that lie across the logits.
+enum class Kernels { cpu, cuda };
 
 // The problem in the form of wce.h, and the owners of everything that it points to. Logits and soft
-// targets are copied only where they fit neither rows nor planes; copies of the rest are N- or
-// C-sized.
+// targets are copied only where they fit neither rows nor planes (on CUDA soft targets also where they
+// fit the other one than the logits); copies of the rest are N- or C-sized.
 struct Problem {
   wce_problem c{};
   Layout layout{};
   at::ScalarType acc = at::kFloat;
   int64_t rows = 0;
 
-  Problem(const LossArgs &args, int64_t ignore_index);
-  Problem(const RowsArgs &args, int64_t ignore_index);
+  Problem(const LossArgs &args, int64_t ignore_index, Kernels kernels);
+  Problem(const RowsArgs &args, int64_t ignore_index, Kernels kernels);
   Problem(const Problem &) = delete;
 
   // The shape of one value per row: that of the logits without the class dimension.
@@ -182,7 +186,9 @@ private:
   Owned input_, target_, target2_, mix_, prob_, weight_, prior_, sample_weight_, mask_;
   c10::IntArrayRef sizes_;
   void set_logits(const at::Tensor &input);
-  void set_prob(const at::Tensor &prob);
+  void use(const Fit &fit);
+  bool fits_across(const at::Tensor &prob, Fit &fit);
+  void set_prob(const at::Tensor &prob, Kernels kernels);
   const int64_t *index_target(const at::Tensor &target, Owned &owner);
   const uint8_t *bool_rows(const OptTensor &mask);
 };

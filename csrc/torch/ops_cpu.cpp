@@ -186,7 +186,7 @@ LossAndStats forward_cpu(WCE_LOSS_PARAMS(int64_t)) {
   const LossArgs args{input,     target,        weight, reduction,  label_smoothing,
                       log_prior, sample_weight, mask,   normalizer, skip_empty, target2, mix};
   check_loss(args, ignore_index);
-  const Problem problem(args, ignore_index);
+  const Problem problem(args, ignore_index, Kernels::cpu);
   const bool soft = problem.c.prob.data != nullptr || is_soft(input, target);
   const at::ScalarType type = loss_type(input, target, weight, soft, out_fp32);
   if (problem.c.classes == 0) return forward_no_classes(args, problem, ignore_index, type);
@@ -223,7 +223,7 @@ at::Tensor backward_cpu(WCE_BACKWARD_PARAMS(int64_t)) {
   const LossArgs args{input,     target,        weight, reduction, label_smoothing,
                       log_prior, sample_weight, mask,   none,       skip_empty, target2, mix};
   check_backward(args, ignore_index, grad, stats);
-  const Problem problem(args, ignore_index);
+  const Problem problem(args, ignore_index, Kernels::cpu);
   Gradient dx(input, problem);
   if (problem.rows == 0 || problem.c.classes == 0) return dx.finish();
 
@@ -260,7 +260,7 @@ ValueAndGrad value_and_grad_cpu(double upstream, WCE_LOSS_PARAMS(int64_t)) {
                       log_prior, sample_weight, mask,   normalizer, skip_empty, target2, mix};
   check_reduced(reduction);
   check_loss(args, ignore_index);
-  const Problem problem(args, ignore_index);
+  const Problem problem(args, ignore_index, Kernels::cpu);
   if (problem.rows == 0 || problem.c.classes == 0)
     return forward_then_backward(upstream, WCE_LOSS_ARGS);
 
@@ -315,7 +315,7 @@ RowsResult rows_forward_cpu(WCE_ROWS_PARAMS(int64_t)) {
   const RowsArgs args{input, target, target_prob, weight, log_prior, mask, sample_weight,
                       normalizer, reduction, spike, floor, soft, skip_empty};
   check_rows(args);
-  const Problem problem(args, ignore_index);
+  const Problem problem(args, ignore_index, Kernels::cpu);
   RowResults rows(args, problem, entropy);
   const wce_sums sums = run_forward(problem, rows.out);
   if (sums.bad_row >= 0) raise_bad_row(problem.c, problem.row_shape(), sums.bad_row);
@@ -330,7 +330,7 @@ RowsAndGrad rows_value_and_grad_cpu(double upstream, WCE_ROWS_PARAMS(int64_t)) {
                       normalizer, reduction, spike, floor, soft, skip_empty};
   check_reduced(reduction);
   check_rows(args);
-  const Problem problem(args, ignore_index);
+  const Problem problem(args, ignore_index, Kernels::cpu);
   if (problem.rows == 0) return rows_forward_then_backward(upstream, WCE_ROWS_ARGS);
 
   RowResults rows(args, problem, entropy);
@@ -348,7 +348,7 @@ at::Tensor rows_backward_cpu(WCE_ROWS_BACKWARD_PARAMS(int64_t)) {
   const RowsArgs args{input, target, target_prob, weight, log_prior, mask, sample_weight,
                       normalizer, reduction, spike, floor, soft, skip_empty};
   check_rows_backward(args, stats, grad_loss, grad_lse, grad_log_prob);
-  const Problem problem(args, ignore_index);
+  const Problem problem(args, ignore_index, Kernels::cpu);
   Gradient dx(input, problem);
   if (problem.rows == 0 || problem.c.classes == 0) return dx.finish();
 

@@ -157,7 +157,7 @@ LossAndStats forward_cuda(WCE_LOSS_PARAMS(int64_t)) {
                       log_prior, sample_weight, mask,   normalizer, skip_empty, target2, mix};
   check_loss(args, ignore_index);
   const c10::DeviceGuard guard(input.device());
-  Problem problem(args, ignore_index);
+  Problem problem(args, ignore_index, Kernels::cuda);
   const at::ScalarType type =
       loss_type(input, target, weight, is_soft(input, target), out_fp32);
   if (problem.c.classes == 0) return forward_no_classes(args, problem, type);
@@ -186,7 +186,7 @@ Tensor backward_cuda(WCE_BACKWARD_PARAMS(int64_t)) {
                       log_prior, sample_weight, mask,   none,       skip_empty, target2, mix};
   check_backward(args, ignore_index, grad, stats);
   const c10::DeviceGuard guard(input.device());
-  const Problem problem(args, ignore_index);
+  const Problem problem(args, ignore_index, Kernels::cuda);
   Gradient dx(input, problem);
   if (problem.rows == 0 || problem.c.classes == 0) return dx.finish();
 
@@ -210,7 +210,7 @@ RowsResult rows_forward_cuda(WCE_ROWS_PARAMS(int64_t)) {
                       normalizer, reduction, spike, floor, soft, skip_empty};
   check_rows(args);
   const c10::DeviceGuard guard(input.device());
-  const Problem problem(args, ignore_index);
+  const Problem problem(args, ignore_index, Kernels::cuda);
   TORCH_CHECK(problem.c.classes > 0, "input: expected at least one class, got shape ",
               input.sizes());
   const auto shape = problem.row_shape();
@@ -251,7 +251,7 @@ Tensor rows_backward_cuda(WCE_ROWS_BACKWARD_PARAMS(int64_t)) {
                       normalizer, reduction, spike, floor, soft, skip_empty};
   check_rows_backward(args, stats, grad_loss, grad_lse, grad_log_prob);
   const c10::DeviceGuard guard(input.device());
-  const Problem problem(args, ignore_index);
+  const Problem problem(args, ignore_index, Kernels::cuda);
   Gradient dx(input, problem);
   if (problem.rows == 0 || problem.c.classes == 0) return dx.finish();
 

@@ -268,7 +268,7 @@ static void random_targets(wce_problem *p, int class_is_unit) {
   double smooth = p->classes ? e / (double)p->classes : 0;
   p->ignore_index = chance(60) ? -100 : chance(50) ? below(p->classes + 2) : (int64_t)random_bits();
   if (chance(35)) {
-    random_prob(p, class_is_unit);
+    random_prob(p, chance(75) ? class_is_unit : !class_is_unit);
     p->spike = 0, p->floor = smooth, p->soft = 1 - e;
     p->skip_empty = chance(40);
     if (now.wants_rows && chance(30)) p->target = random_target(p, garbage);
