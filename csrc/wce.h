@@ -92,7 +92,7 @@ typedef enum { WCE_NONE, WCE_MEAN, WCE_SUM } wce_reduction; /* numbered as in to
 typedef struct {
   wce_view dx;                /* same unit stride as the logits, other strides of its own          */
   const void *max, *log_sum;  /* from forward, or NULL: computed again                             */
-  const void *coef_sum;       /* the same, with them and of soft targets alone                     */
+  const void *coef_sum;       /* the same of soft targets: where max is, and only there            */
   const void *grad;           /* g before the division, or NULL for 0                              */
   wce_dtype grad_dtype;       /*                                                                   */
   int64_t grad_stride;        /* 0: one value for all rows; 1: [rows]                              */

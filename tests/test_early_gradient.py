@@ -69,6 +69,15 @@ def test_bits_of_layouts(isa, layout):
 
 
 @pytest.mark.parametrize("isa", ISAS, indirect=True)
+@pytest.mark.parametrize("pair", [("plain", "class_last"), ("class_last", "plain")], ids="-".join)
+def test_bits_of_soft_targets_that_lie_across(isa, pair):
+    for shape in ((2, 5, 300), (2, 40, 300), (2, 64, 260), (2, 100, 260), (300, 19, 1)):
+        case = Case(shape, soft=True, weight="positive")
+        (x, q, *rest), _ = op_arguments(case, layout=pair[0])
+        check_op((x, as_layout(q, pair[1]), *rest), {})
+
+
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
 @pytest.mark.parametrize("kind", ["tile", "rows", "split"])
 def test_bits_of_forced_regimes(isa, kind, regime):
     regime(kind)

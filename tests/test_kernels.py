@@ -767,7 +767,7 @@ def test_smoothing_at_the_ends_of_the_range(isa, dtype, layout):
 
 @every_isa
 @every_dtype
-@pytest.mark.parametrize("classes", [5, 39, 40, 79, 80, 100])
+@pytest.mark.parametrize("classes", [5, 39, 40, 59, 60, 79, 80, 119, 120])
 def test_saved_statistics(isa, dtype, classes):
     """[denominator], or, where these are at most a twentieth of the logits' memory, [denominator,
     m of each row, L of each row]."""
@@ -782,6 +782,10 @@ def test_saved_statistics(isa, dtype, classes):
     if is_saved:
         assert torch.equal(stats[1:8].double(), want.max)
         assert_near(stats[8:], want.log_sum)
+    soft = torch.softmax(x.double(), 1).to(stats.dtype)
+    _, stats = torch.ops.wce.forward(x, soft)
+    is_saved = 20 * 3 * stats.element_size() <= classes * x.element_size()
+    assert stats.numel() == (1 + 3 * 7 if is_saved else 1)
 
 
 def test_names_of_instruction_sets_and_regimes():

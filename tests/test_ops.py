@@ -958,11 +958,13 @@ def test_no_copy_of_strided_logits(layout):
     assert peak_bytes(forward_backward(ce, x, y)) <= 1.05 * buffer
 
 
-@pytest.mark.parametrize("shape", [(2, 19, 64, 64), (2, 200, 300)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 19, 64, 64), (2, 200, 300), (700, 100)], ids=str)
 def test_no_copy_of_a_soft_target_that_lies_across(shape):
-    """Such as one_hot(y).movedim(-1, 1) with contiguous logits."""
+    """Such as one_hot(y).movedim(-1, 1) with contiguous logits; or cut at another dimension."""
     x, q, _ = Case(shape, soft=True).build(torch.float32)
-    for logits, target in (("plain", "class_last"), ("class_last", "plain")):
+    for logits, target in (("plain", "class_last"), ("class_last", "plain"),
+                           ("class_first", "plain"), ("plain", "class_first"),
+                           ("class_last", "shifted")):
         leaf, target = as_layout(x, logits), as_layout(q, target)
         buffer = x.numel() * 4
         assert peak_bytes(forward_backward(ce, leaf, target)) <= 1.05 * buffer + 64

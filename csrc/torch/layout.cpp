@@ -163,17 +163,27 @@ void Problem::use(const Fit &fit) {
   c.logits.data = data_of(*input_);
 }
 
-// Logits as rows and the soft target as planes, or the other way round, cut at the same dimension.
-bool Problem::fits_across(const at::Tensor &prob, Fit &fit) {
+// Another cut of the logits, at which the soft target fits as rows or as planes.
+bool Problem::fits_cut(const at::Tensor &prob, bool as_rows, Fit &fit) {
   for (int64_t split = 0; split <= prob.dim(); split++) {
-    const Layout mine{layout.class_dim, split, layout.rows}, other{mine.class_dim, split, !mine.rows};
+    const Layout mine{layout.class_dim, split, layout.rows}, its{layout.class_dim, split, as_rows};
     Fit logits;
-    if (!fits(*input_, mine, logits) || !fits(prob, other, fit)) continue;
+    if (!fits(*input_, mine, logits) || !fits(prob, its, fit)) continue;
     layout = mine;
     use(logits);
     return true;
   }
   return false;
+}
+
+// Finds the view of a soft target, and may cut the logits elsewhere for it. The tiles of the CPU turn
+// what lies across the logits; of very many classes they would round more often, and few rows would be
+// the work of one thread: there a copy is better.
+bool Problem::fits_prob(const at::Tensor &prob, Kernels kernels, Fit &fit) {
+  constexpr int64_t most_across = 1024;
+  const bool may_cross = kernels == Kernels::cpu && c.classes <= most_across;
+  return fits(prob, layout, fit) || fits_cut(prob, layout.rows, fit) ||
+         (may_cross && fits_cut(prob, !layout.rows, fit));
 }
 
 void Problem::set_prob(const at::Tensor &prob, Kernels kernels) {
@@ -182,8 +192,7 @@ void Problem::set_prob(const at::Tensor &prob, Kernels kernels) {
   prob_ = Owned::borrowed(prob);
   if (rows == 0 || c.classes == 0) return;
   Fit fit;
-  const bool may_cross = kernels == Kernels::cpu, same_type = prob.scalar_type() == type;
-  if (!same_type || !(fits(prob, layout, fit) || (may_cross && fits_across(prob, fit)))) {
+  if (prob.scalar_type() != type || !fits_prob(prob, kernels, fit)) {
     prob_ = Owned::owned(copy_in_layout(prob, layout, type));
     fits(*prob_, layout, fit);
   }

@@ -162,12 +162,12 @@ struct Layout {
 };
 struct Fit; // layout.cpp
 
-// Who will read the problem: those of the CPU take soft targets that lie across the logits.
+// Who will read the problem.
 enum class Kernels { cpu, cuda };
 
 // The problem in the form of wce.h, and the owners of everything that it points to. Logits and soft
-// targets are copied only where they fit neither rows nor planes (on CUDA soft targets also where they
-// fit the other one than the logits); copies of the rest are N- or C-sized.
+// targets are copied only where they fit neither rows nor planes (soft targets also where they do not fit
+// with the logits: fits_prob); copies of the rest are N- or C-sized.
 struct Problem {
   wce_problem c{};
   Layout layout{};
@@ -187,7 +187,8 @@ private:
   c10::IntArrayRef sizes_;
   void set_logits(const at::Tensor &input);
   void use(const Fit &fit);
-  bool fits_across(const at::Tensor &prob, Fit &fit);
+  bool fits_cut(const at::Tensor &prob, bool as_rows, Fit &fit);
+  bool fits_prob(const at::Tensor &prob, Kernels kernels, Fit &fit);
   void set_prob(const at::Tensor &prob, Kernels kernels);
   const int64_t *index_target(const at::Tensor &target, Owned &owner);
   const uint8_t *bool_rows(const OptTensor &mask);
