@@ -1,6 +1,9 @@
 """Command line options and fixtures that all tests share."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 import pytest
 import torch
@@ -13,6 +16,11 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    # What inductor compiled for another build of ours may not fit: its cache on disk does not know
+    # the sizes of our operators' results. The first process of a run makes one for all.
+    if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache = tempfile.mkdtemp(prefix="wce_inductor_")
+        atexit.register(shutil.rmtree, cache, ignore_errors=True)
     # Several pytest processes at once: OpenMP teams of all of them on the same processors spend
     # their time waiting for each other. Tests about threads set a number of their own.
     if os.environ.get("PYTEST_XDIST_WORKER"):
