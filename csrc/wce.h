@@ -123,6 +123,7 @@ typedef struct {
   int64_t tasks;         /* for forward and for backward                                           */
   int64_t pieces;        /* wce_piece that forward needs as workspace, 0 unless WCE_SPLIT          */
   int32_t stream;        /* the gradient is larger than caches: store it past them                 */
+  int32_t keep_exps;     /* forward keeps exps for a backward in one go also where an exp is quick */
   int64_t work_per_task; /* elements, so that a caller can leave small work on one thread          */
 } wce_plan;
 

@@ -25,6 +25,12 @@ static int has_avx512(void) {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
+int wce_cpu_is_intel(void) {
+  __builtin_cpu_init();
+  return __builtin_cpu_is("intel") != 0;
+}
+#else
+int wce_cpu_is_intel(void) { return 0; }
 #endif
 
 static const isa isas[] = {

@@ -88,6 +88,12 @@ static int streams(const wce_problem *p, int64_t rows, wce_regime regime) {
   return rows * p->classes * wce_dtype_size(p->dtype) >= least;
 }
 
+/* Forward and backward in one go, AVX-512, float32, exps made again -> kept, ns an element. Xeon (Emerald
+ * Rapids): 100 classes in cache 0.53 -> 0.46, two threads from memory 50 classes 0.39 -> 0.37, 100 the same
+ * and, after other work, 0.54 -> 0.49, 1000 classes 0.38 -> 0.34. Zen 5 the reverse: up to 20 % slower where
+ * memory is scarce.                                                                               */
+static int keeps_exps(void) { return wce_cpu_is_intel(); }
+
 wce_plan wce_cpu_plan(const wce_problem *p) {
   wce_plan plan = {0};
   int64_t rows = p->outer * p->inner;
@@ -108,6 +114,7 @@ wce_plan wce_cpu_plan(const wce_problem *p) {
                ceil_div(p->classes, plan.columns_per_task);
   if (p->classes == 0) plan.tasks = ceil_div(rows, plan.rows_per_task);
   plan.stream = streams(p, rows, plan.regime);
+  plan.keep_exps = keeps_exps();
   plan.work_per_task = plan.rows_per_task * plan.columns_per_task;
   return plan;
 }
@@ -189,7 +196,7 @@ int64_t wce_cpu_backward(const wce_plan *plan, const wce_problem *p, const wce_r
   if (plan->regime == WCE_ROWS && !grads->max) { /* forward is made again                           */
     const wce_row_outputs nothing = {0};
     wce_sums sums = no_sums;
-    kernels->rows_both(p, &nothing, grads, r.row0, r.row1, plan->rows_per_task, plan->stream, &sums);
+    kernels->rows_both(p, &nothing, grads, r.row0, r.row1, plan, &sums);
     return sums.bad_row;
   }
   return kernels->rows_backward(p, grads, r.row0, r.row1, r.c0, r.c1, plan->stream);
@@ -201,8 +208,7 @@ void wce_cpu_both(const wce_plan *plan, const wce_problem *p, const wce_row_outp
   for (int64_t t = task0; t < task1; t++) sums[t] = no_sums;
   if (plan->regime == WCE_ROWS) {
     range first = task_range(plan, p, task0), last = task_range(plan, p, task1 - 1);
-    kernels->rows_both(p, out, grads, first.row0, last.row1, plan->rows_per_task, plan->stream,
-                       sums + task0);
+    kernels->rows_both(p, out, grads, first.row0, last.row1, plan, sums + task0);
     return;
   }
   for (int64_t t = task0; t < task1; t++) {

@@ -21,7 +21,7 @@ typedef struct {
   int64_t (*rows_backward)(const wce_problem *, const wce_row_grads *, int64_t row0, int64_t row1,
                            int64_t c0, int64_t c1, int stream);
   void (*rows_both)(const wce_problem *, const wce_row_outputs *, const wce_row_grads *,
-                    int64_t row0, int64_t row1, int64_t rows_per_task, int stream, wce_sums *);
+                    int64_t row0, int64_t row1, const wce_plan *, wce_sums *);
   void (*order_prior)(wce_problem *, void *room); /* wce_cpu_order_prior                           */
   /* WCE_SPLIT: one piece of one row, then all pieces of one row in column order                   */
   void (*piece)(const wce_problem *, int want_entropy, int64_t row, int64_t c0, int64_t c1,
@@ -48,6 +48,8 @@ extern const wce_kernels wce_kernels_avx512[WCE_DTYPE_COUNT];
 
 /* The kernels in use (dispatch.c). */
 const wce_kernels *wce_cpu_kernels(wce_dtype dtype);
+/* Whether the processor is one of Intel's. */
+int wce_cpu_is_intel(void);
 
 static inline int64_t wce_dtype_size(wce_dtype dtype) {
   return dtype == WCE_F64 ? 8 : dtype == WCE_F32 ? 4 : 2;

@@ -25,7 +25,7 @@
  *   store_quad_<elem>(p, step, quad)     the reverse, rows in ascending order
  *
  * EXP_AHEAD: 1 where there are 32 registers, see vec_exp.h.
- * EXP_IS_QUICK: 1 where an exp takes no longer than to keep it: order_of in rows_both.inc.
+ * EXP_IS_QUICK: 1 where an exp of float32 may take no longer than to keep it: order_of in rows_both.inc.
  *
  * and for all types: stream_line(to, from), 64 bytes past the caches, to aligned; stream_fence().
  */
