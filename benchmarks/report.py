@@ -344,7 +344,8 @@ beyond the inputs, in units of the logits' size.
 
 def summary(found: Findings, environment: dict) -> str:
     """The whole run as one Markdown page."""
-    parts = ["# Benchmark\n", HOW_TO, BYTE_RULE, *_environment(environment)]
+    title = f"# Benchmark: {environment['processor']}\n"
+    parts = [title, HOW_TO, BYTE_RULE, *_environment(environment)]
     parts.append("## Targets, all threads, forward + backward unless said\n")
     parts.append(_markdown(TARGET_HEADINGS, target_lines(found)))
     for setting in found.settings():

@@ -114,7 +114,7 @@ static inline int64_t wce_saves_from(wce_dtype dtype, int is_soft) {
 
 /* ---- CPU ------------------------------------------------------------------------------------ */
 
-/* How a problem is cut into tasks. It depends on the shape, the dtype and the kind of target, never on the
+/* How a problem is cut into tasks. The cut depends on the shape, the dtype and the kind of target, never on the
  * number of threads: that is why results have the same bits for any number of threads.                      */
 typedef enum { WCE_TILE, WCE_ROWS, WCE_SPLIT, WCE_REGIME_COUNT } wce_regime;
 typedef struct {
@@ -123,7 +123,8 @@ typedef struct {
   int64_t tasks;         /* for forward and for backward                                           */
   int64_t pieces;        /* wce_piece that forward needs as workspace, 0 unless WCE_SPLIT          */
   int32_t stream;        /* the gradient is larger than caches: store it past them                 */
-  int32_t keep_exps;     /* forward keeps exps for a backward in one go also where an exp is quick */
+  int32_t exp_is_slow;   /* for backward in one go: to keep exps is quicker. The processor's; no bit
+                            depends on it                                                          */
   int64_t work_per_task; /* elements, so that a caller can leave small work on one thread          */
 } wce_plan;
 
@@ -169,6 +170,8 @@ int wce_cpu_isa_select(const char *name);
 
 /* For tests: "tile", "rows", "split" where the layout allows it; NULL or "auto": by the table.     */
 int wce_cpu_regime_force(const char *name);
+/* For tests: exp_is_slow of all plans: "slow", "quick"; NULL or "auto": by the processor.          */
+int wce_cpu_exp_force(const char *name);
 
 #ifdef __cplusplus
 }

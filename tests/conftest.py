@@ -66,6 +66,16 @@ def regime():
     _C.force_cpu_regime(None)
 
 
+@pytest.fixture(params=["quick", "slow"])
+def exp(request):
+    """Runs the test for both kinds of processor, see order_of in rows_both.inc."""
+    from wce_torch import _C
+
+    _C.force_cpu_exp(request.param)
+    yield request.param
+    _C.force_cpu_exp(None)
+
+
 @pytest.fixture(autouse=True)
 def _same_start():
     """Every test starts from one seed and leaves the global settings as it found them."""

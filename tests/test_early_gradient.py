@@ -62,6 +62,13 @@ def test_bits(isa, dtype, body):
         check_op(*op_arguments(Case(shape, **BODIES[body]), DTYPES[dtype]), upstream=0.25)
 
 
+@pytest.mark.parametrize("dtype", ["f32", "f64"])
+@pytest.mark.parametrize("body", ["weighted", "smooth", "prior"])
+def test_bits_by_either_kind_of_processor(exp, dtype, body):
+    for shape in SHAPES:
+        check_op(*op_arguments(Case(shape, **BODIES[body]), DTYPES[dtype]))
+
+
 @pytest.mark.parametrize("isa", ISAS, indirect=True)
 @pytest.mark.parametrize("layout", ["plain", "class_last", "class_first", "misaligned", "strided"])
 def test_bits_of_layouts(isa, layout):

@@ -106,8 +106,8 @@ def add_both(batch, name, x, target, options, steps=16.0):
 
 
 def long_steps(classes):
-    """A sum of C terms in fp32 is added up by lanes and blocks: at most C/16 additions in one
-    chain, whose random rounding errors grow as the square root of that."""
+    """A sum of C terms in fp32 is added up by lanes, runs and blocks: some 16 to 32 additions in
+    one chain, and C/16 of very many, whose random rounding errors grow as the square root."""
     return 16 + math.sqrt(classes / 16)
 
 
@@ -371,6 +371,20 @@ def ramps(dtype, classes):
 def test_rising_and_falling_rows(isa, kind, dtype, classes, forced):
     """The running maximum moves in every block, or never; jumps beyond the range of exp."""
     ramps(dtype, classes).verify(ce)
+
+
+@pytest.mark.parametrize("isa", ["avx2", "avx512"], indirect=True)
+@every_dtype
+@pytest.mark.parametrize("classes", [100, 192, 320, 640, 1000])
+def test_small_terms_beside_a_large_one(isa, dtype, classes):
+    """Each e^-16.75 is less than what a sum of 1 can take up: what a chain of additions begins with
+    is all it has, so that no chain of a row may be long."""
+    x = torch.full((20, classes), 0.25)
+    x[:, 0] = 17
+    batch = Batch()
+    batch.add("rows", x.to(DTYPES[dtype]), torch.zeros(20, dtype=torch.long), {"reduction": "none"},
+              steps=long_steps(classes))
+    batch.verify(ce)
 
 
 @every_isa
@@ -796,6 +810,8 @@ def test_names_of_instruction_sets_and_regimes():
     assert wce_torch.get_cpu_isa() == before
     with pytest.raises((ValueError, RuntimeError), match="diagonal"):
         _C.force_cpu_regime("diagonal")
+    with pytest.raises(ValueError, match="exp 'dear' is unknown; there are: auto, quick, slow"):
+        _C.force_cpu_exp("dear")
     for name in wce_torch.cpu_isas():
         wce_torch.set_cpu_isa(name)
         assert wce_torch.get_cpu_isa() == name

@@ -1,4 +1,4 @@
-/* dispatch.c -- instruction sets, weakest first, and the one in use.                              */
+/* dispatch.c -- instruction sets, weakest first, and the one in use; the processor's maker.       */
 
 #include <stdatomic.h>
 #include <string.h>

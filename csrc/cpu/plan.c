@@ -42,6 +42,18 @@ int wce_cpu_regime_force(const char *name) {
   return 0;
 }
 
+static int forced_exp = -1; /* tests only                                                          */
+static const char *const exp_names[] = {"quick", "slow"};
+
+int wce_cpu_exp_force(const char *name) {
+  int found = name == NULL || strcmp(name, "auto") == 0 ? -1 : 2;
+  for (int i = 0; found == 2 && i < 2; i++)
+    if (strcmp(name, exp_names[i]) == 0) found = i;
+  if (found == 2) return -1;
+  forced_exp = found;
+  return 0;
+}
+
 /* Whether a lane is a row though classes are contiguous. */
 static int is_narrow(const wce_problem *p) {
   if (p->dtype == WCE_F64) return p->classes <= NARROW_CLASSES_F64;
@@ -88,11 +100,12 @@ static int streams(const wce_problem *p, int64_t rows, wce_regime regime) {
   return rows * p->classes * wce_dtype_size(p->dtype) >= least;
 }
 
-/* Forward and backward in one go, AVX-512, float32, exps made again -> kept, ns an element. Xeon (Emerald
- * Rapids): 100 classes in cache 0.53 -> 0.46, two threads from memory 50 classes 0.39 -> 0.37, 100 the same
- * and, after other work, 0.54 -> 0.49, 1000 classes 0.38 -> 0.34. Zen 5 the reverse: up to 20 % slower where
- * memory is scarce.                                                                               */
-static int keeps_exps(void) { return wce_cpu_is_intel(); }
+/* Whether to keep exps from forward for a backward in one go also by AVX-512, where order_of
+ * (rows_both.inc) would make them again. By the processor's maker, float32, ns an element, again -> kept:
+ * Xeon (Emerald Rapids), 100 classes in cache 0.53 -> 0.46, two threads from memory 50 classes 0.39 -> 0.37,
+ * 100 the same and, after other work, 0.54 -> 0.49, 1000 classes 0.38 -> 0.34. Zen 5, 1000 classes in turns
+ * are quicker, fewer lose up to 20 % where memory is scarce.                                      */
+static int exp_is_slow(void) { return forced_exp >= 0 ? forced_exp : wce_cpu_is_intel(); }
 
 wce_plan wce_cpu_plan(const wce_problem *p) {
   wce_plan plan = {0};
@@ -114,7 +127,7 @@ wce_plan wce_cpu_plan(const wce_problem *p) {
                ceil_div(p->classes, plan.columns_per_task);
   if (p->classes == 0) plan.tasks = ceil_div(rows, plan.rows_per_task);
   plan.stream = streams(p, rows, plan.regime);
-  plan.keep_exps = keeps_exps();
+  plan.exp_is_slow = exp_is_slow();
   plan.work_per_task = plan.rows_per_task * plan.columns_per_task;
   return plan;
 }

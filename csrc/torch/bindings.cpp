@@ -190,6 +190,11 @@ void force_cpu_regime(const std::optional<std::string> &name) {
   throw py::value_error("regime '" + *name + "' is unknown; there are: auto, tile, rows, split");
 }
 
+void force_cpu_exp(const std::optional<std::string> &name) {
+  if (wce_cpu_exp_force(name ? name->c_str() : nullptr) == 0) return;
+  throw py::value_error("exp '" + *name + "' is unknown; there are: auto, quick, slow");
+}
+
 // What setup.py decided; it defines the macros.
 py::dict build_info() {
   py::dict info;
@@ -240,6 +245,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("get_cpu_isa", wce::get_cpu_isa);
   m.def("set_cpu_isa", wce::set_cpu_isa, py::arg("name") = py::none());
   m.def("force_cpu_regime", wce::force_cpu_regime, py::arg("name") = py::none());
+  m.def("force_cpu_exp", wce::force_cpu_exp, py::arg("name") = py::none());
   m.def("empty_cache", wce::empty_gradient_cache);
   m.def("build_info", wce::build_info);
 }
