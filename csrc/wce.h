@@ -114,8 +114,8 @@ static inline int64_t wce_saves_from(wce_dtype dtype, int is_soft) {
 
 /* ---- CPU ------------------------------------------------------------------------------------ */
 
-/* How a problem is cut into tasks. The cut depends on the shape, the dtype and the kind of target, never on the
- * number of threads: that is why results have the same bits for any number of threads.                      */
+/* How a problem is cut into tasks. The cut depends on the shape, the dtype and the kind of target, never on
+ * the number of threads: that is why results have the same bits for any number of threads.        */
 typedef enum { WCE_TILE, WCE_ROWS, WCE_SPLIT, WCE_REGIME_COUNT } wce_regime;
 typedef struct {
   wce_regime regime;

@@ -66,13 +66,12 @@ def regime():
     _C.force_cpu_regime(None)
 
 
-@pytest.fixture(params=["quick", "slow"])
-def exp(request):
-    """Runs the test for both kinds of processor, see order_of in rows_both.inc."""
+@pytest.fixture
+def cpu_exp():
+    """A function that says what kind of processor this is, see order_of in rows_both.inc."""
     from wce_torch import _C
 
-    _C.force_cpu_exp(request.param)
-    yield request.param
+    yield _C.force_cpu_exp
     _C.force_cpu_exp(None)
 
 

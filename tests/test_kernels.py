@@ -374,16 +374,16 @@ def test_rising_and_falling_rows(isa, kind, dtype, classes, forced):
 
 
 @pytest.mark.parametrize("isa", ["avx2", "avx512"], indirect=True)
-@every_dtype
-@pytest.mark.parametrize("classes", [100, 192, 320, 640, 1000])
+@pytest.mark.parametrize("dtype", ["f32", "bf16", "f16"])
+@pytest.mark.parametrize("classes", [192, 320, 640])
 def test_small_terms_beside_a_large_one(isa, dtype, classes):
-    """Each e^-16.75 is less than what a sum of 1 can take up: what a chain of additions begins with
-    is all it has, so that no chain of a row may be long."""
+    """A chain of additions that begins with 1 loses each e^-16.75 that follows, as 2^-24 is more:
+    so that no chain of a row may be long. 16 steps allow about 36 lost terms."""
     x = torch.full((20, classes), 0.25)
     x[:, 0] = 17
     batch = Batch()
     batch.add("rows", x.to(DTYPES[dtype]), torch.zeros(20, dtype=torch.long), {"reduction": "none"},
-              steps=long_steps(classes))
+              steps=16.0)
     batch.verify(ce)
 
 

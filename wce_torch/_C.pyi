@@ -77,8 +77,8 @@ def force_cpu_regime(name: str | None = None) -> None:
     """For tests: "tile", "rows" or "split" where the layout allows it; None: by the table."""
 
 def force_cpu_exp(name: str | None = None) -> None:
-    """For tests: backward in one go makes exps again by AVX-512 ("quick") or takes what was kept
-    ("slow"); None: by the processor."""
+    """For tests: backward in one go may make exps again by AVX-512 ("quick"), or always takes what
+    was kept ("slow"); None: by the processor. See order_of in csrc/cpu/rows_both.inc."""
 
 def empty_cache() -> None:
     """Frees the memory on the CPU, one block at most, that is kept from one gradient above 1 MiB to

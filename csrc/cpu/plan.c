@@ -101,10 +101,10 @@ static int streams(const wce_problem *p, int64_t rows, wce_regime regime) {
 }
 
 /* Whether to keep exps from forward for a backward in one go also by AVX-512, where order_of
- * (rows_both.inc) would make them again. By the processor's maker, float32, ns an element, again -> kept:
- * Xeon (Emerald Rapids), 100 classes in cache 0.53 -> 0.46, two threads from memory 50 classes 0.39 -> 0.37,
- * 100 the same and, after other work, 0.54 -> 0.49, 1000 classes 0.38 -> 0.34. Zen 5, 1000 classes in turns
- * are quicker, fewer lose up to 20 % where memory is scarce.                                      */
+ * (rows_both.inc) would make them again. The rule goes by the processor's maker. float32, ns an element,
+ * made again -> kept, Xeon (Emerald Rapids): 100 classes in cache 0.53 -> 0.46; two threads from memory, 50
+ * classes 0.39 -> 0.37, 100 no difference, after other work 0.54 -> 0.49, 1000 classes 0.38 -> 0.34. Zen 5:
+ * short rows lose up to 20 % by it where memory is scarce, and 1000 classes are quicker in turns.  */
 static int exp_is_slow(void) { return forced_exp >= 0 ? forced_exp : wce_cpu_is_intel(); }
 
 wce_plan wce_cpu_plan(const wce_problem *p) {
