@@ -30,28 +30,26 @@ enum {
   ORDER_ROWS = 32 /* see wce_cpu_orders_prior                                                      */
 };
 
-static int forced_regime = -1; /* tests only                                                       */
-static const char *const regime_names[WCE_REGIME_COUNT] = {"tile", "rows", "split"};
-
-int wce_cpu_regime_force(const char *name) {
-  int found = name == NULL || strcmp(name, "auto") == 0 ? -1 : WCE_REGIME_COUNT;
-  for (int i = 0; found == WCE_REGIME_COUNT && i < WCE_REGIME_COUNT; i++)
-    if (strcmp(name, regime_names[i]) == 0) found = i;
-  if (found == WCE_REGIME_COUNT) return -1;
-  forced_regime = found;
+/* Finds name among count names and leaves its index, -1 for NULL and "auto". Returns -1 and changes nothing
+ * when it is unknown.                                                                             */
+static int force(int *forced, const char *const *names, int count, const char *name) {
+  int found = name == NULL || strcmp(name, "auto") == 0 ? -1 : 0;
+  while (found >= 0 && found < count && strcmp(names[found], name) != 0) found++;
+  if (found == count) return -1;
+  *forced = found;
   return 0;
 }
 
-static int forced_exp = -1; /* tests only                                                          */
-static const char *const exp_names[] = {"quick", "slow"};
+static int forced_regime = -1, forced_exp = -1; /* tests only                                      */
+
+int wce_cpu_regime_force(const char *name) {
+  static const char *const names[WCE_REGIME_COUNT] = {"tile", "rows", "split"};
+  return force(&forced_regime, names, WCE_REGIME_COUNT, name);
+}
 
 int wce_cpu_exp_force(const char *name) {
-  int found = name == NULL || strcmp(name, "auto") == 0 ? -1 : 2;
-  for (int i = 0; found == 2 && i < 2; i++)
-    if (strcmp(name, exp_names[i]) == 0) found = i;
-  if (found == 2) return -1;
-  forced_exp = found;
-  return 0;
+  static const char *const names[] = {"quick", "slow"};
+  return force(&forced_exp, names, 2, name);
 }
 
 /* Whether a lane is a row though classes are contiguous. */

@@ -128,7 +128,8 @@ const char *__ubsan_default_options(void) { return "abort_on_error=1:print_stack
 
 static int64_t random_classes(void) {
   static const int64_t edges[] = {39,  40,  41,  63,  64,  65,  96,  97,  127, 128,  129,
-                                  255, 256, 257, 320, 321, 511, 640, 641, 1000, 1023, 1025};
+                                  192, 193, 255, 256, 257, 320, 321, 384, 385, 511, 640, 641,
+                                  1000, 1023, 1025};
   if (chance(50)) return 1 + below(40);
   if (chance(30)) return 30 + below(230);
   if (chance(70)) return edges[below(sizeof edges / sizeof *edges)];
